@@ -1,0 +1,1 @@
+//! From a device name to a burn device.

@@ -1,0 +1,1 @@
+//! The model writes text, with a KV cache.

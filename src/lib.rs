@@ -1,0 +1,41 @@
+//! lorafit fine-tunes open-weight language models with LoRA on one consumer GPU or on a CPU.
+//!
+//! # Follow a batch
+//!
+//! The modules below stand in the order in which data passes through them:
+//!
+//! 1. [`recipe`]: a YAML recipe becomes a [`recipe::Plan`], every knob resolved once.
+//! 2. [`data`]: dataset rows become conversations, rendered text, then token ids with labels,
+//!    and at last padded batches.
+//! 3. [`quant`]: the GGUF container and its block formats, read and dequantised.
+//! 4. [`kernels`]: the tensor operations that matter, each with its plain reference and backward.
+//! 5. [`nn`]: layers made of those operations.
+//! 6. [`model`]: a base model's configuration and weights become a causal language model.
+//! 7. [`adapter`]: low-rank deltas are injected into it, loaded, and merged.
+//! 8. [`train`]: batches become losses, gradients, optimizer steps and run states.
+//! 9. [`infer`]: the model writes text, with a KV cache.
+//! 10. [`export`]: adapters and merged models go to disk, atomically.
+//! 11. [`cli`]: the commands; the only place that prints.
+#![warn(missing_docs)]
+
+pub mod recipe;
+
+pub mod data;
+
+pub mod quant;
+
+pub mod device;
+pub mod kernels;
+pub mod nn;
+
+pub mod model;
+
+pub mod adapter;
+
+pub mod train;
+
+pub mod infer;
+
+pub mod export;
+
+pub mod cli;

@@ -1,0 +1,10 @@
+//! A base model's configuration and weights become a causal language model.
+//!
+//! [`hub`] finds the files, [`config`] reads `config.json` or GGUF metadata, [`weights`] reads
+//! tensors, [`names`] holds every rename.
+
+pub mod config;
+pub mod gguf;
+pub mod hub;
+pub mod names;
+pub mod weights;

@@ -1,0 +1,4 @@
+//! The GGUF container and its block formats.
+
+pub mod blocks;
+pub mod gguf;

@@ -1,0 +1,12 @@
+//! A YAML recipe becomes a [`Plan`]: every knob declared once, checked once, resolved once.
+//!
+//! [`schema`] declares the knobs, [`load`] reads YAML and `--set` overrides, [`resolve`] turns them
+//! into a [`Plan`], [`faults`] reports everything that is wrong at once. This module imports no burn.
+
+pub mod faults;
+pub mod load;
+pub mod plan;
+pub mod resolve;
+pub mod schema;
+
+pub use plan::*;

@@ -1,0 +1,1 @@
+//! Batches become losses, gradients, optimizer steps and run states.

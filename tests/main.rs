@@ -1,0 +1,7 @@
+//! One integration binary, so that burn links once.
+
+mod data;
+mod export;
+mod hub;
+mod recipe;
+mod weights;
