@@ -1,1 +1,577 @@
-//! Placeholder of adapter/target.
+//! Which linear layers carry an adapter, and with what rank and scaling: PEFT's rules.
+//!
+//! The rules are those of PEFT 0.21 (`check_target_module_exists`, `get_pattern_key` and
+//! `_find_minimal_target_modules`), so that one choice means the same modules there and here:
+//!
+//! * `all-linear` is every linear layer but the output head;
+//! * a list holds whole module paths or their ends (`q_proj` matches `model.layers.0.self_attn.q_proj`);
+//! * any other string is a regular expression for the whole path;
+//! * `layers_to_transform` keeps the modules whose first number in the path is listed; a whole
+//!   path in the list is not filtered;
+//! * keys of `rank_pattern` and `alpha_pattern` are regular expressions for the path's end, and the
+//!   first that matches wins.
+//!
+//! Two things are stricter than PEFT: a listed name, layer or pattern that matches nothing is an
+//! error, and one wider: `all-linear` may be combined with `layers_to_transform`.
+//!
+//! Regular expressions are those of the `regex` crate. Look-around (`(?=…)`, `(?!…)`, `(?<=…)`,
+//! `(?<!…)`), back-references, atomic groups, possessive quantifiers and a literal unescaped `{`,
+//! which Python takes, are refused with an error that says so.
+
+use std::collections::BTreeSet;
+use std::fmt;
+
+use regex::Regex;
+
+use crate::recipe::plan::{AdapterPlan, TargetModules};
+
+/// The shorthand for every linear layer but the output head.
+pub const ALL_LINEAR: &str = "all-linear";
+
+/// The output head's name in Hugging Face's causal language models; `all-linear` leaves it out.
+const OUTPUT_HEAD: &str = "lm_head";
+
+/// From this many names on, PEFT writes the shortest path ends instead of the names
+/// (`MIN_TARGET_MODULES_FOR_OPTIMIZATION`).
+const SHORTEN_FROM: usize = 20;
+
+/// The choice of modules, ranks and scalings, as recipes and `adapter_config.json` state it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Targeting {
+    /// Which modules carry an adapter.
+    pub target_modules: TargetModules,
+    /// Which of them do not after all; never `all-linear`.
+    pub exclude_modules: Option<TargetModules>,
+    /// Layer indices; all when `None`.
+    pub layers_to_transform: Option<Vec<usize>>,
+    /// Names of the module lists that the layer index counts in; any when empty.
+    pub layers_pattern: Vec<String>,
+    /// Rank R where no pattern matches.
+    pub rank: usize,
+    /// LoRA alpha where no pattern matches.
+    pub alpha: f64,
+    /// Module pattern → rank, first match wins.
+    pub rank_pattern: Vec<(String, usize)>,
+    /// Module pattern → alpha, first match wins.
+    pub alpha_pattern: Vec<(String, f64)>,
+    /// Whether the scaling is `alpha / sqrt(rank)` (arXiv 2312.03732).
+    pub use_rslora: bool,
+}
+
+impl From<&AdapterPlan> for Targeting {
+    fn from(plan: &AdapterPlan) -> Self {
+        Self {
+            target_modules: plan.target_modules.clone(),
+            exclude_modules: None,
+            layers_to_transform: plan.layers_to_transform.clone(),
+            layers_pattern: Vec::new(),
+            rank: plan.rank,
+            alpha: plan.alpha,
+            rank_pattern: plan.rank_pattern.clone(),
+            alpha_pattern: plan.alpha_pattern.clone(),
+            use_rslora: plan.use_rslora,
+        }
+    }
+}
+
+/// One module that carries an adapter.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ModuleAdapter {
+    /// Module path, as in `model.layers.0.self_attn.q_proj`.
+    pub module: String,
+    /// R.
+    pub rank: usize,
+    /// LoRA alpha.
+    pub alpha: f64,
+    /// What `B·A` is multiplied by: `alpha / R`, or `alpha / sqrt(R)` with rank-stabilised LoRA.
+    pub scaling: f64,
+}
+
+/// Everything wrong with a choice of modules.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+pub struct TargetError {
+    /// The faults, at least one.
+    pub faults: Vec<TargetFault>,
+}
+
+impl fmt::Display for TargetError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (i, fault) in self.faults.iter().enumerate() {
+            if i > 0 {
+                f.write_str("\n")?;
+            }
+            fault.fmt(f)?;
+        }
+        Ok(())
+    }
+}
+
+/// One fault of a choice of modules.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+pub enum TargetFault {
+    /// A regular expression that cannot be used.
+    #[error("{key}: cannot use the regular expression {pattern:?}: {cause}{}", regex_remedy(.pattern))]
+    Pattern {
+        /// The knob.
+        key: &'static str,
+        /// What stands there.
+        pattern: String,
+        /// What the regex crate says.
+        cause: String,
+    },
+    /// A listed name that matches no linear layer.
+    #[error("{key}: no linear layer is called {name:?}; {nearest}")]
+    UnknownName {
+        /// The knob.
+        key: &'static str,
+        /// What stands there.
+        name: String,
+        /// The names there are.
+        nearest: String,
+    },
+    /// A regular expression that matches no linear layer.
+    #[error("{key}: the pattern {pattern:?} matches no {among}; {nearest}")]
+    UnusedPattern {
+        /// The knob.
+        key: &'static str,
+        /// What stands there.
+        pattern: String,
+        /// What it was compared with.
+        among: &'static str,
+        /// The names there are.
+        nearest: String,
+    },
+    /// A layer that the model does not have.
+    #[error("layers_to_transform: no linear layer lies in layer {layer}; expected {expected}")]
+    UnknownLayer {
+        /// The index.
+        layer: usize,
+        /// The indices there are.
+        expected: String,
+    },
+    /// A regular expression beside `layers_to_transform` or `layers_pattern`.
+    #[error(
+        "{key}: cannot be combined with the regular expression in target_modules (nor can it in \
+         PEFT); put the layers into the expression or list module names"
+    )]
+    LayersWithPattern {
+        /// The knob.
+        key: &'static str,
+    },
+    /// `layers_pattern` alone.
+    #[error("layers_pattern: has no meaning without layers_to_transform; give both or neither")]
+    LayersPatternAlone,
+    /// Rank 0.
+    #[error("{key}: found rank 0; expected 1 or more")]
+    ZeroRank {
+        /// The knob, and the pattern where it stands in one.
+        key: String,
+    },
+    /// The knobs are right one by one but leave no module.
+    #[error(
+        "target_modules, exclude_modules and layers_to_transform together leave no linear layer to \
+         adapt; widen target_modules or drop a filter"
+    )]
+    Nothing,
+}
+
+/// What to do about a regular expression that only Python takes.
+fn regex_remedy(pattern: &str) -> &'static str {
+    let python_only = ["(?=", "(?!", "(?<=", "(?<!", "(?>", "(?P="];
+    if python_only.iter().any(|s| pattern.contains(s)) {
+        "; look-around, back-references and atomic groups of Python's re are not supported: list the \
+         module names instead"
+    } else {
+        ""
+    }
+}
+
+/// A [`Targeting`] with its regular expressions compiled.
+#[derive(Debug, Clone)]
+pub struct Matcher {
+    targets: Rule,
+    excluded: Option<Rule>,
+    /// Layer indices kept and the expressions that find an index, tried in order.
+    layers: Option<(Vec<usize>, Vec<Regex>)>,
+    rank: usize,
+    alpha: f64,
+    ranks: Vec<(Regex, usize)>,
+    alphas: Vec<(Regex, f64)>,
+    use_rslora: bool,
+}
+
+/// How one knob names modules.
+#[derive(Debug, Clone)]
+enum Rule {
+    AllLinear,
+    Whole(Regex),
+    Ends(Vec<String>),
+}
+
+impl Rule {
+    fn new(key: &'static str, modules: &TargetModules) -> Result<Self, TargetFault> {
+        match modules {
+            TargetModules::Pattern(p) if p.eq_ignore_ascii_case(ALL_LINEAR) => Ok(Self::AllLinear),
+            TargetModules::Pattern(p) => {
+                Ok(Self::Whole(compile(key, p, &format!(r"\A(?:{p})\z"))?))
+            }
+            TargetModules::Names(names) => Ok(Self::Ends(names.clone())),
+        }
+    }
+
+    fn matches(&self, module: &str) -> bool {
+        match self {
+            Self::AllLinear => !ends_with(module, OUTPUT_HEAD),
+            Self::Whole(regex) => regex.is_match(module),
+            Self::Ends(names) => names.iter().any(|name| ends_with(module, name)),
+        }
+    }
+
+    /// Whether the module is named in full, which PEFT exempts from `layers_to_transform`.
+    fn names_whole(&self, module: &str) -> bool {
+        matches!(self, Self::Ends(names) if names.iter().any(|name| name == module))
+    }
+}
+
+/// Whether `name` is the path or its end after a dot.
+fn ends_with(module: &str, name: &str) -> bool {
+    module
+        .strip_suffix(name)
+        .is_some_and(|head| head.is_empty() || head.ends_with('.'))
+}
+
+fn compile(key: &'static str, pattern: &str, anchored: &str) -> Result<Regex, TargetFault> {
+    // The pattern alone first: its error then shows what the user wrote.
+    Regex::new(pattern)
+        .and_then(|_| Regex::new(anchored))
+        .map_err(|error| TargetFault::Pattern {
+            key,
+            pattern: pattern.to_owned(),
+            cause: short_cause(&error),
+        })
+}
+
+/// The last line of a regex error; the lines before it repeat the pattern.
+fn short_cause(error: &regex::Error) -> String {
+    let text = error.to_string();
+    let last = text.lines().last().unwrap_or_default().trim();
+    last.trim_start_matches("error: ").to_owned()
+}
+
+impl Matcher {
+    /// Compiles the regular expressions and checks what needs no model.
+    ///
+    /// # Errors
+    /// Every expression that does not compile, ranks of 0, and knobs that exclude one another.
+    pub fn new(targeting: &Targeting) -> Result<Self, TargetError> {
+        let mut faults = Vec::new();
+        check_knobs(targeting, &mut faults);
+        let targets = keep(Rule::new("target_modules", &targeting.target_modules), &mut faults);
+        let excluded = (targeting.exclude_modules.as_ref())
+            .and_then(|modules| keep(Rule::new("exclude_modules", modules), &mut faults));
+        let layers = (layers_of(targeting)).map(|layers| {
+            let regexes = layer_regexes(&targeting.layers_pattern, &mut faults);
+            (layers.to_vec(), regexes)
+        });
+        let ranks = pattern_regexes("rank_pattern", &targeting.rank_pattern, &mut faults);
+        let alphas = pattern_regexes("alpha_pattern", &targeting.alpha_pattern, &mut faults);
+        match targets {
+            Some(targets) if faults.is_empty() => Ok(Self {
+                targets,
+                excluded,
+                layers,
+                rank: targeting.rank,
+                alpha: targeting.alpha,
+                ranks,
+                alphas,
+                use_rslora: targeting.use_rslora,
+            }),
+            _ => Err(TargetError { faults }),
+        }
+    }
+
+    /// Whether this linear layer carries an adapter.
+    pub fn selects(&self, module: &str) -> bool {
+        if self.excluded.as_ref().is_some_and(|rule| rule.matches(module)) {
+            return false;
+        }
+        self.targets.matches(module)
+            && (self.targets.names_whole(module) || self.layer_is_kept(module))
+    }
+
+    fn layer_is_kept(&self, module: &str) -> bool {
+        match &self.layers {
+            None => true,
+            Some((kept, regexes)) => {
+                layer_index(regexes, module).is_some_and(|index| kept.contains(&index))
+            }
+        }
+    }
+
+    /// Rank and scaling of a module's adapter, selected or not.
+    pub fn adapter(&self, module: &str) -> ModuleAdapter {
+        let rank = first_match(&self.ranks, module).unwrap_or(self.rank);
+        let alpha = first_match(&self.alphas, module).unwrap_or(self.alpha);
+        let divisor = if self.use_rslora { (rank as f64).sqrt() } else { rank as f64 };
+        ModuleAdapter { module: module.to_owned(), rank, alpha, scaling: alpha / divisor }
+    }
+}
+
+/// The layer filter, where there is one; PEFT takes an empty list for none.
+fn layers_of(targeting: &Targeting) -> Option<&[usize]> {
+    targeting.layers_to_transform.as_deref().filter(|layers| !layers.is_empty())
+}
+
+fn check_knobs(targeting: &Targeting, faults: &mut Vec<TargetFault>) {
+    let is_regex = matches!(&targeting.target_modules,
+        TargetModules::Pattern(p) if !p.eq_ignore_ascii_case(ALL_LINEAR));
+    if is_regex && layers_of(targeting).is_some() {
+        faults.push(TargetFault::LayersWithPattern { key: "layers_to_transform" });
+    }
+    if !targeting.layers_pattern.is_empty() && targeting.layers_to_transform.is_none() {
+        faults.push(TargetFault::LayersPatternAlone);
+    }
+    if targeting.rank == 0 {
+        faults.push(TargetFault::ZeroRank { key: "rank".to_owned() });
+    }
+    for (pattern, rank) in &targeting.rank_pattern {
+        if *rank == 0 {
+            faults.push(TargetFault::ZeroRank { key: format!("rank_pattern.{pattern}") });
+        }
+    }
+}
+
+fn keep<T>(result: Result<T, TargetFault>, faults: &mut Vec<TargetFault>) -> Option<T> {
+    result.map_err(|fault| faults.push(fault)).ok()
+}
+
+/// PEFT 0.21: the first numbered segment, so that an expert's number is not taken for a layer's.
+fn layer_regexes(patterns: &[String], faults: &mut Vec<TargetFault>) -> Vec<Regex> {
+    let key = "layers_pattern";
+    let any = ["[^.]*".to_owned()];
+    let named = !patterns.is_empty();
+    let patterns = if named { patterns } else { &any };
+    (patterns.iter())
+        .filter_map(|p| {
+            let head = if named { r"\A(?:.*?\.)?" } else { r"\A.*?\." };
+            keep(compile(key, p, &format!(r"{head}(?:{p})\.(?P<idx>\d+)\.")), faults)
+        })
+        .collect()
+}
+
+fn layer_index(regexes: &[Regex], module: &str) -> Option<usize> {
+    let found = regexes.iter().find_map(|regex| regex.captures(module))?;
+    found.name("idx")?.as_str().parse().ok()
+}
+
+fn pattern_regexes<T: Copy>(
+    key: &'static str,
+    patterns: &[(String, T)],
+    faults: &mut Vec<TargetFault>,
+) -> Vec<(Regex, T)> {
+    (patterns.iter())
+        .filter_map(|(p, value)| {
+            let regex = compile(key, p, &format!(r"\A(?:.*\.)?(?:{p})\z"));
+            keep(regex, faults).map(|regex| (regex, *value))
+        })
+        .collect()
+}
+
+fn first_match<T: Copy>(patterns: &[(Regex, T)], module: &str) -> Option<T> {
+    patterns.iter().find(|(regex, _)| regex.is_match(module)).map(|(_, value)| *value)
+}
+
+/// The adapters that a choice puts on a model, in the order of `linear_modules`.
+///
+/// `linear_modules` are the paths of all its linear layers, the output head included.
+///
+/// # Errors
+/// Everything wrong with the choice: what [`Matcher::new`] finds, and names, layers and patterns
+/// that match nothing, each with the nearest names there are.
+pub fn select(
+    targeting: &Targeting,
+    linear_modules: &[String],
+) -> Result<Vec<ModuleAdapter>, TargetError> {
+    let matcher = Matcher::new(targeting)?;
+    let selected: Vec<ModuleAdapter> = (linear_modules.iter())
+        .filter(|module| matcher.selects(module))
+        .map(|module| matcher.adapter(module))
+        .collect();
+    let faults = unused(targeting, &matcher, linear_modules, &selected);
+    if faults.is_empty() { Ok(selected) } else { Err(TargetError { faults }) }
+}
+
+/// Names, layers and patterns without effect.
+fn unused(
+    targeting: &Targeting,
+    matcher: &Matcher,
+    linear: &[String],
+    selected: &[ModuleAdapter],
+) -> Vec<TargetFault> {
+    let mut faults = Vec::new();
+    unused_modules("target_modules", &targeting.target_modules, &matcher.targets, linear, &mut faults);
+    if let (Some(modules), Some(rule)) = (&targeting.exclude_modules, &matcher.excluded) {
+        unused_modules("exclude_modules", modules, rule, linear, &mut faults);
+    }
+    if let Some((kept, regexes)) = &matcher.layers {
+        let there: BTreeSet<usize> =
+            linear.iter().filter_map(|module| layer_index(regexes, module)).collect();
+        for &layer in kept.iter().filter(|layer| !there.contains(layer)) {
+            faults.push(TargetFault::UnknownLayer { layer, expected: span(&there) });
+        }
+    }
+    if selected.is_empty() && faults.is_empty() {
+        faults.push(TargetFault::Nothing);
+    }
+    if selected.is_empty() {
+        return faults;
+    }
+    let paths: Vec<String> = selected.iter().map(|adapter| adapter.module.clone()).collect();
+    let mut check = |key, pattern: &str, regex: &Regex| {
+        if !paths.iter().any(|path| regex.is_match(path)) {
+            faults.push(TargetFault::UnusedPattern {
+                key,
+                pattern: pattern.to_owned(),
+                among: "adapted module",
+                nearest: nearest(pattern, &paths),
+            });
+        }
+    };
+    for ((pattern, _), (regex, _)) in targeting.rank_pattern.iter().zip(&matcher.ranks) {
+        check("rank_pattern", pattern, regex);
+    }
+    for ((pattern, _), (regex, _)) in targeting.alpha_pattern.iter().zip(&matcher.alphas) {
+        check("alpha_pattern", pattern, regex);
+    }
+    faults
+}
+
+fn unused_modules(
+    key: &'static str,
+    modules: &TargetModules,
+    rule: &Rule,
+    linear: &[String],
+    faults: &mut Vec<TargetFault>,
+) {
+    match modules {
+        TargetModules::Names(names) => {
+            for name in names {
+                if !linear.iter().any(|module| ends_with(module, name)) {
+                    let nearest = nearest(name, linear);
+                    faults.push(TargetFault::UnknownName { key, name: name.clone(), nearest });
+                }
+            }
+        }
+        TargetModules::Pattern(pattern) => {
+            if !linear.iter().any(|module| rule.matches(module)) {
+                faults.push(TargetFault::UnusedPattern {
+                    key,
+                    pattern: pattern.clone(),
+                    among: "linear layer",
+                    nearest: nearest(pattern, linear),
+                });
+            }
+        }
+    }
+}
+
+/// "did you mean …" and the names there are: the last parts of the paths, or for a dotted name
+/// whole paths.
+fn nearest(name: &str, modules: &[String]) -> String {
+    let ends: BTreeSet<&str> =
+        modules.iter().filter_map(|module| module.rsplit('.').next()).collect();
+    let closest = if name.contains('.') {
+        best(name, modules.iter().map(String::as_str))
+    } else {
+        best(name, ends.iter().copied())
+    };
+    let all = ends.into_iter().collect::<Vec<_>>().join(", ");
+    match closest {
+        Some(closest) => format!("did you mean {closest:?}? the linear layers are {all}"),
+        None => format!("the linear layers are {all}"),
+    }
+}
+
+fn best<'a>(name: &str, candidates: impl Iterator<Item = &'a str>) -> Option<&'a str> {
+    candidates
+        .map(|candidate| (strsim::jaro_winkler(name, candidate), candidate))
+        .filter(|(likeness, _)| *likeness > 0.7)
+        .max_by(|x, y| x.0.total_cmp(&y.0))
+        .map(|(_, candidate)| candidate)
+}
+
+fn span(layers: &BTreeSet<usize>) -> String {
+    match (layers.first(), layers.last()) {
+        (Some(first), Some(last)) => format!("{first} to {last}"),
+        _ => "no index: the module paths hold no layer numbers".to_owned(),
+    }
+}
+
+/// The choice as PEFT would write it into `adapter_config.json` for this model.
+///
+/// `all-linear` becomes the module paths; 20 names or more become the shortest path ends that tell
+/// them from the other modules.
+///
+/// # Errors
+/// As [`select`].
+pub fn as_written(targeting: &Targeting, linear: &[String]) -> Result<Targeting, TargetError> {
+    let mut written = targeting.clone();
+    if matches!(&targeting.target_modules, TargetModules::Pattern(p) if p.eq_ignore_ascii_case(ALL_LINEAR))
+    {
+        let chosen = Targeting { exclude_modules: None, ..targeting.clone() };
+        let paths = select(&chosen, linear)?.into_iter().map(|adapter| adapter.module);
+        // The paths are chosen layer by layer already, and PEFT does not filter whole paths.
+        written.layers_to_transform = None;
+        written.layers_pattern.clear();
+        written.target_modules = TargetModules::Names(paths.collect());
+    }
+    if let TargetModules::Names(names) = &mut written.target_modules {
+        names.sort();
+        names.dedup();
+        if names.len() >= SHORTEN_FROM {
+            let short = shortest_ends(names, linear);
+            if short.len() < names.len() {
+                *names = short;
+            }
+        }
+    }
+    Ok(written)
+}
+
+/// PEFT's `_find_minimal_target_modules`: path ends that cover `names` and nothing else.
+fn shortest_ends(names: &[String], linear: &[String]) -> Vec<String> {
+    let others: BTreeSet<&str> = (linear.iter())
+        .flat_map(|module| with_ancestors(module))
+        .filter(|path| !names.iter().any(|name| ends_with(path, name)))
+        .flat_map(ends)
+        .collect();
+    let mut sorted: Vec<(Vec<&str>, &String)> =
+        names.iter().map(|name| (ends(name).collect(), name)).collect();
+    sorted.sort();
+    let mut kept = BTreeSet::new();
+    for (ends, name) in sorted {
+        for end in ends {
+            if kept.contains(end) || others.contains(end) {
+                continue;
+            }
+            let covered = kept.iter().any(|k: &&str| *k != name && ends_with(name, k));
+            if !covered {
+                kept.insert(end);
+                break;
+            }
+        }
+    }
+    kept.into_iter().map(str::to_owned).collect()
+}
+
+/// A path and the modules that contain it.
+fn with_ancestors(path: &str) -> impl Iterator<Item = &str> {
+    let dots = path.match_indices('.').map(move |(i, _)| &path[..i]);
+    dots.chain([path])
+}
+
+/// The ends of a path at dots, shortest first.
+fn ends(path: &str) -> impl Iterator<Item = &str> {
+    let dots = path.rmatch_indices('.').map(move |(i, _)| &path[i + 1..]);
+    dots.chain([path])
+}
