@@ -1,8 +1,11 @@
 //! A base model's configuration and weights become a causal language model.
 //!
 //! [`hub`] finds the files, [`config`] reads `config.json` or GGUF metadata, [`weights`] reads
-//! tensors, [`names`] holds every rename.
+//! tensors ([`gguf`] those of GGUF files), [`names`] holds every rename, [`causal_lm`] puts
+//! [`block`]s together.
 
+pub mod block;
+pub mod causal_lm;
 pub mod config;
 mod config_json;
 pub mod gguf;
@@ -10,3 +13,5 @@ pub mod hub;
 pub mod names;
 mod shard;
 pub mod weights;
+
+pub use causal_lm::{CausalLm, KvCache, Tokens};
