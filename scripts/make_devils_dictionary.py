@@ -123,7 +123,7 @@ def split_sentences(text: str) -> list[str]:
             sentences.append(piece)
         else:
             sentences[-1] = f"{sentences[-1]} {piece}".strip()
-    return [clean(sentence) for sentence in sentences]
+    return [cleaned for sentence in sentences if (cleaned := clean(sentence))]
 
 
 def cut_between_sentences(prose: list[list[str]]) -> tuple[str, bool]:
