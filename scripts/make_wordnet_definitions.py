@@ -34,7 +34,7 @@ LONGEST_DEFINITION = 140
 # What a pair takes in tokens of the quickstart's tokenizer, roughly: fixed by the chat template,
 # and by the text. Rows are filled up to ROW_TOKENS of this estimate.
 PAIR_TOKENS, CHARACTERS_PER_TOKEN = 13, 3.4
-ROW_TOKENS = 250
+ROW_TOKENS = 248
 
 SENSE = re.compile(r"^ {4}(?:(n|v|adj|adv) )?(\d+): ", re.MULTILINE)
 UNWANTED = re.compile(
