@@ -69,15 +69,8 @@ impl Given {
         self.sections.get(name).copied().unwrap_or(Place::File)
     }
 
-    /// Takes up the recipe file.
-    pub(super) fn file(&mut self, root: Node) {
-        let Value::Map(entries) = root.value else {
-            let message = format!(
-                "found {}, expected sections such as `base:`",
-                root.describe()
-            );
-            return self.find(Place::Node(root.id), "", message, START_FROM_A_TEMPLATE);
-        };
+    /// Takes up the entries of the recipe file.
+    pub(super) fn file(&mut self, entries: Vec<(Node, Node)>) {
         for (key, node) in entries {
             let place = Place::Node(key.id);
             let name = key.key_text();
@@ -151,11 +144,8 @@ impl Given {
         };
         match tree::parse(text) {
             Ok(node) => {
-                let null = Node {
-                    id: 0,
-                    value: Value::Null,
-                };
-                self.raw.insert(knob.key, (place, node.unwrap_or(null)));
+                self.raw
+                    .insert(knob.key, (place, node.unwrap_or(Node::NULL)));
             }
             Err(error) => {
                 let message = format!("the value is not YAML: {}", error.message);

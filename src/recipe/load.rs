@@ -4,12 +4,16 @@ use std::fs::File;
 use std::io::Read;
 use std::path::Path;
 
+use serde_json::Value as Json;
+
+use super::check;
 use super::conflict;
 use super::faults::{Fault, Faults};
 use super::given::{Finding, Given, Place, START_FROM_A_TEMPLATE};
 use super::plan::Plan;
 use super::resolve;
-use super::tree::{self, Node};
+use super::schema;
+use super::tree::{self, Node, Value};
 
 /// More than any recipe needs; a data file given by mistake is larger.
 const MAX_BYTES: u64 = 1 << 20;
@@ -25,9 +29,9 @@ const MAX_FAULTS: usize = 100;
 /// All faults at once: see [`Faults`].
 pub fn load(path: &Path, sets: &[String]) -> Result<Plan, Faults> {
     let text = read(path)?;
-    let root = parse(path, &text)?;
+    let entries = parse(path, &text)?;
     let mut given = Given::default();
-    given.file(root);
+    given.file(entries);
     for (index, set) in sets.iter().enumerate() {
         given.set(index, set);
     }
@@ -38,6 +42,20 @@ pub fn load(path: &Path, sets: &[String]) -> Result<Plan, Faults> {
             .map_err(|error| whole(path, format!("does not resolve: {error}"), "").into());
     }
     Err(locate(given.findings, path, &text, sets))
+}
+
+/// Reads the value of one knob, such as a command-line option that shares its range.
+///
+/// # Errors
+/// What is wrong with it, in words.
+pub fn value(key: &str, text: &str) -> Result<Json, String> {
+    let knob = schema::find(key).ok_or_else(|| format!("there is no knob `{key}`"))?;
+    let node = tree::parse(text).map_err(|error| error.message)?;
+    let node = node.unwrap_or(Node::NULL);
+    check::value(&knob.kind, &node).map_err(|wrong| {
+        let wrong = wrong.into_iter().map(|wrong| wrong.message);
+        wrong.collect::<Vec<_>>().join("; ")
+    })
 }
 
 /// A fault of the file as a whole.
@@ -83,9 +101,22 @@ fn read(path: &Path) -> Result<String, Fault> {
     })
 }
 
-fn parse(path: &Path, text: &str) -> Result<Node, Fault> {
+fn parse(path: &Path, text: &str) -> Result<Vec<(Node, Node)>, Fault> {
     let error = match tree::parse(text) {
-        Ok(Some(root)) => return Ok(root),
+        Ok(Some(Node {
+            value: Value::Map(entries),
+            ..
+        })) => return Ok(entries),
+        Ok(Some(root)) => {
+            let message = format!(
+                "found {}, expected sections such as `base:`",
+                root.describe()
+            );
+            return Err(Fault {
+                line: tree::line_of(text, root.id),
+                ..whole(path, message, START_FROM_A_TEMPLATE)
+            });
+        }
         Ok(None) => return Err(whole(path, "is empty", START_FROM_A_TEMPLATE)),
         Err(error) => error,
     };

@@ -37,6 +37,12 @@ pub(super) enum Value {
 }
 
 impl Node {
+    /// What an empty document stands for.
+    pub(super) const NULL: Node = Node {
+        id: 0,
+        value: Value::Null,
+    };
+
     /// The value as words of an error message: "the text `abc`".
     pub(super) fn describe(&self) -> String {
         match &self.value {
