@@ -7,12 +7,10 @@ use burn::tensor::{Device, Int, Tensor, TensorData};
 use super::block::Block;
 use super::config::ModelConfig;
 use super::names;
+use super::tensor_reader::TensorReader;
 use super::weights::{self, Weights, WeightsError};
 use crate::kernels;
-use crate::nn::{
-    Attention, Dropout, LayerCache, LoraLinear, Mlp, Parameter, RmsNorm, Rope, Visitor,
-};
-use crate::random::Stream;
+use crate::nn::{Dropout, LayerCache, LoraLinear, Parameter, RmsNorm, Rope, Visitor};
 
 /// A causal language model on one device, in f32.
 #[derive(Debug, Clone)]
@@ -45,12 +43,6 @@ pub struct KvCache {
     tokens: usize,
 }
 
-/// How the first value of a tensor is found.
-enum Source<'a> {
-    Files(&'a Weights),
-    Random(Stream),
-}
-
 impl CausalLm {
     /// Loads a model's weights, converting them to f32 tensor by tensor.
     ///
@@ -62,88 +54,40 @@ impl CausalLm {
         device: &Device,
     ) -> Result<Self, WeightsError> {
         weights::check(weights, &config)?;
-        Self::build(config, device, Source::Files(weights))
+        Self::build(TensorReader::files(weights, config, device))
     }
 
     /// Fresh weights: matrices normal with standard deviation `initializer_range`, norms 1,
     /// biases 0, as transformers initialises them.
     pub fn random(config: ModelConfig, seed: u64, device: &Device) -> Result<Self, WeightsError> {
-        Self::build(config, device, Source::Random(Stream::new(seed).split(0xBA5E)))
+        Self::build(TensorReader::random(seed, config, device))
     }
 
-    fn build(config: ModelConfig, device: &Device, source: Source) -> Result<Self, WeightsError> {
-        let mut next = 0;
-        let mut matrix = |name: &str, rows: usize, cols: usize| {
-            next += 1;
-            let values = match &source {
-                Source::Files(weights) => weights.read_f32(name)?,
-                Source::Random(stream) => {
-                    let (stream, std) = (stream.split(next), config.initializer_range);
-                    (0..(rows * cols) as u64)
-                        .map(|i| (stream.normal(i) * std) as f32)
-                        .collect()
-                }
-            };
-            Ok(Tensor::<2>::from_data(TensorData::new(values, [rows, cols]), device))
+    fn build(mut reader: TensorReader) -> Result<Self, WeightsError> {
+        let config = reader.config().clone();
+        let embed_tokens = reader.matrix(
+            &format!("{}.weight", names::EMBEDDING),
+            [config.vocab_size, config.hidden_size],
+        )?;
+        let blocks = (0..config.num_hidden_layers)
+            .map(|layer| reader.block(layer))
+            .collect::<Result<_, _>>()?;
+        let norm = reader.norm(names::FINAL_NORM)?;
+        let lm_head = if config.tie_word_embeddings {
+            None
+        } else {
+            Some(reader.matrix(
+                &format!("{}.weight", names::HEAD),
+                [config.vocab_size, config.hidden_size],
+            )?)
         };
-        let vector = |name: &str, n: usize, fresh: f32| {
-            let values = match &source {
-                Source::Files(weights) => weights.read_f32(name)?,
-                Source::Random(_) => vec![fresh; n],
-            };
-            Ok(Tensor::<1>::from_data(TensorData::new(values, [n]), device))
-        };
-        let norm = |path: &str| {
-            Ok(RmsNorm {
-                weight: vector(&format!("{path}.weight"), config.hidden_size, 1.0)?,
-                eps: config.rms_norm_eps,
-            })
-        };
-        let table = |path: &str| format!("{path}.weight");
-        let (v, d) = (config.vocab_size, config.hidden_size);
-        let embed_tokens = matrix(&table(names::EMBEDDING), v, d)?;
-        let mut linears = names::linears(&config).into_iter();
-        let mut blocks = Vec::with_capacity(config.num_hidden_layers);
-        for layer in 0..config.num_hidden_layers {
-            let mut linear = || {
-                let spec = linears.next().expect("names::linears lists seven a block");
-                let weight = matrix(&table(&spec.path), spec.out_features, spec.in_features)?;
-                let bias = spec
-                    .bias
-                    .then(|| vector(&format!("{}.bias", spec.path), spec.out_features, 0.0))
-                    .transpose()?;
-                Ok(LoraLinear::new(weight, bias))
-            };
-            let path = names::block(layer);
-            blocks.push(Block {
-                self_attn: Attention {
-                    q_proj: linear()?,
-                    k_proj: linear()?,
-                    v_proj: linear()?,
-                    o_proj: linear()?,
-                    heads: config.num_attention_heads,
-                    kv_heads: config.num_key_value_heads,
-                    head_dim: config.head_dim,
-                },
-                mlp: Mlp {
-                    gate_proj: linear()?,
-                    up_proj: linear()?,
-                    down_proj: linear()?,
-                },
-                input_layernorm: norm(&format!("{path}.input_layernorm"))?,
-                post_attention_layernorm: norm(&format!("{path}.post_attention_layernorm"))?,
-            });
-        }
-        let lm_head = (!config.tie_word_embeddings)
-            .then(|| matrix(&table(names::HEAD), v, d))
-            .transpose()?;
         Ok(Self {
             embed_tokens,
             blocks,
-            norm: norm(names::FINAL_NORM)?,
+            norm,
             lm_head,
             rope: Rope::new(config.rope.clone(), config.head_dim),
-            device: device.clone(),
+            device: reader.device().clone(),
             config,
         })
     }

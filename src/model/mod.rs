@@ -12,6 +12,7 @@ pub mod gguf;
 pub mod hub;
 pub mod names;
 mod shard;
+mod tensor_reader;
 pub mod weights;
 
 pub use causal_lm::{CausalLm, KvCache, Tokens};
