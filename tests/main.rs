@@ -3,5 +3,6 @@
 mod data;
 mod export;
 mod hub;
+mod peft;
 mod recipe;
 mod weights;
