@@ -2,6 +2,7 @@
 
 mod data;
 mod export;
+mod gguf;
 mod hub;
 mod peft;
 mod recipe;

@@ -4,7 +4,9 @@
 //! tensors, [`names`] holds every rename.
 
 pub mod config;
+mod config_json;
 pub mod gguf;
 pub mod hub;
 pub mod names;
+mod shard;
 pub mod weights;

@@ -1,1 +1,227 @@
-//! Placeholder of model/names.
+//! The one table of renames: Hugging Face ↔ GGUF tensor names, PEFT keys ↔ module paths.
+//!
+//! A *module path* is Hugging Face's, such as `model.layers.0.self_attn.q_proj`; a tensor name is
+//! a module path with `.weight` or `.bias`.
+
+use super::config::{Architecture, ModelConfig};
+
+/// Modules outside the blocks: Hugging Face, GGUF.
+const TOP: &[(&str, &str)] = &[
+    (EMBEDDING, "token_embd"),
+    (FINAL_NORM, "output_norm"),
+    (HEAD, "output"),
+];
+
+/// Modules of a Llama block: Hugging Face, GGUF.
+const LLAMA_BLOCK: &[(&str, &str)] = &[
+    ("input_layernorm", "attn_norm"),
+    ("self_attn.q_proj", "attn_q"),
+    ("self_attn.k_proj", "attn_k"),
+    ("self_attn.v_proj", "attn_v"),
+    ("self_attn.o_proj", "attn_output"),
+    ("post_attention_layernorm", "ffn_norm"),
+    ("mlp.gate_proj", "ffn_gate"),
+    ("mlp.up_proj", "ffn_up"),
+    ("mlp.down_proj", "ffn_down"),
+];
+
+/// The token embedding.
+pub const EMBEDDING: &str = "model.embed_tokens";
+/// The norm before the output head.
+pub const FINAL_NORM: &str = "model.norm";
+/// The output head.
+pub const HEAD: &str = "lm_head";
+/// What the path of a block's module starts with, before the layer's index.
+const BLOCK: &str = "model.layers.";
+/// The same in GGUF.
+const GGUF_BLOCK: &str = "blk.";
+
+/// What PEFT puts before a module path: its wrapper and the model inside it.
+const PEFT_PREFIX: &str = "base_model.model.";
+
+/// The two factors of a low-rank delta `s·B·A`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum LoraHalf {
+    /// `[R, in]`, called `lora_A` on disk.
+    A,
+    /// `[out, R]`, called `lora_B` on disk.
+    B,
+}
+
+impl LoraHalf {
+    /// Both, A first.
+    pub const BOTH: [Self; 2] = [Self::A, Self::B];
+
+    /// What PEFT puts after a module path.
+    fn suffix(self) -> &'static str {
+        match self {
+            Self::A => ".lora_A.weight",
+            Self::B => ".lora_B.weight",
+        }
+    }
+}
+
+/// The Hugging Face name of a GGUF tensor, `None` for one that has none.
+pub fn gguf_to_hf(name: &str) -> Option<String> {
+    let (module, field) = split_field(name)?;
+    if let Some((hf, _)) = TOP.iter().find(|(_, gguf)| *gguf == module) {
+        return Some(format!("{hf}.{field}"));
+    }
+    let (layer, part) = split_layer(module.strip_prefix(GGUF_BLOCK)?)?;
+    let (hf, _) = LLAMA_BLOCK.iter().find(|(_, gguf)| *gguf == part)?;
+    Some(format!("{BLOCK}{layer}.{hf}.{field}"))
+}
+
+/// The GGUF name of a Hugging Face tensor, `None` for one that has none.
+pub fn hf_to_gguf(name: &str) -> Option<String> {
+    let (module, field) = split_field(name)?;
+    if let Some((_, gguf)) = TOP.iter().find(|(hf, _)| *hf == module) {
+        return Some(format!("{gguf}.{field}"));
+    }
+    let (layer, part) = split_layer(module.strip_prefix(BLOCK)?)?;
+    let (_, gguf) = LLAMA_BLOCK.iter().find(|(hf, _)| *hf == part)?;
+    Some(format!("{GGUF_BLOCK}{layer}.{gguf}.{field}"))
+}
+
+/// Splits `a.b.weight` into `a.b` and `weight`.
+fn split_field(name: &str) -> Option<(&str, &str)> {
+    name.rsplit_once('.')
+        .filter(|(_, field)| matches!(*field, "weight" | "bias"))
+}
+
+/// Splits `12.rest` into 12 and `rest`.
+fn split_layer(path: &str) -> Option<(usize, &str)> {
+    let (layer, part) = path.split_once('.')?;
+    let index: usize = layer.parse().ok()?;
+    // "007" and "+7" are not what any writer produces; they would make two names one.
+    (index.to_string() == layer).then_some((index, part))
+}
+
+/// The key under which PEFT stores one half of a module's adapter.
+pub fn peft_key(module: &str, half: LoraHalf) -> String {
+    format!("{PEFT_PREFIX}{module}{}", half.suffix())
+}
+
+/// The module path and half that a PEFT key names, `None` for any other tensor.
+pub fn parse_peft_key(key: &str) -> Option<(&str, LoraHalf)> {
+    let rest = key.strip_prefix(PEFT_PREFIX)?;
+    LoraHalf::BOTH
+        .into_iter()
+        .find_map(|half| Some((rest.strip_suffix(half.suffix())?, half)))
+        .filter(|(module, _)| !module.is_empty())
+}
+
+/// The path of block `layer`.
+pub fn block(layer: usize) -> String {
+    format!("{BLOCK}{layer}")
+}
+
+/// The index of the block that a module path lies in.
+pub fn layer_of(module: &str) -> Option<usize> {
+    split_layer(module.strip_prefix(BLOCK)?).map(|(layer, _)| layer)
+}
+
+/// A linear layer of the model.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Linear {
+    /// Module path.
+    pub path: String,
+    /// Rows of the weight.
+    pub out_features: usize,
+    /// Columns of the weight.
+    pub in_features: usize,
+    /// Whether there is a bias.
+    pub bias: bool,
+}
+
+/// Every linear layer but the output head, in the model's order.
+pub fn linears(config: &ModelConfig) -> Vec<Linear> {
+    let queries = config.num_attention_heads * config.head_dim;
+    let keys = config.num_key_value_heads * config.head_dim;
+    let (hidden, ff) = (config.hidden_size, config.intermediate_size);
+    let parts = match config.architecture {
+        Architecture::Llama => [
+            ("self_attn.q_proj", queries, hidden, config.attention_bias),
+            ("self_attn.k_proj", keys, hidden, config.attention_bias),
+            ("self_attn.v_proj", keys, hidden, config.attention_bias),
+            ("self_attn.o_proj", hidden, queries, config.attention_bias),
+            ("mlp.gate_proj", ff, hidden, config.mlp_bias),
+            ("mlp.up_proj", ff, hidden, config.mlp_bias),
+            ("mlp.down_proj", hidden, ff, config.mlp_bias),
+        ],
+    };
+    (0..config.num_hidden_layers)
+        .flat_map(|layer| {
+            parts.map(|(part, out_features, in_features, bias)| Linear {
+                path: format!("{}.{part}", block(layer)),
+                out_features,
+                in_features,
+                bias,
+            })
+        })
+        .collect()
+}
+
+/// The module path of every linear layer but the output head, in the model's order.
+pub fn linear_modules(config: &ModelConfig) -> Vec<String> {
+    linears(config)
+        .into_iter()
+        .map(|linear| linear.path)
+        .collect()
+}
+
+/// The module path of every norm, in the model's order.
+pub fn norms(config: &ModelConfig) -> Vec<String> {
+    let parts = match config.architecture {
+        Architecture::Llama => ["input_layernorm", "post_attention_layernorm"],
+    };
+    (0..config.num_hidden_layers)
+        .flat_map(|layer| parts.map(|part| format!("{}.{part}", block(layer))))
+        .chain([FINAL_NORM.to_string()])
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn gguf_names_go_there_and_back() {
+        for (gguf, hf) in [
+            ("token_embd.weight", "model.embed_tokens.weight"),
+            ("output.weight", "lm_head.weight"),
+            ("output_norm.weight", "model.norm.weight"),
+            ("blk.0.attn_q.bias", "model.layers.0.self_attn.q_proj.bias"),
+            (
+                "blk.12.ffn_norm.weight",
+                "model.layers.12.post_attention_layernorm.weight",
+            ),
+        ] {
+            assert_eq!(gguf_to_hf(gguf).as_deref(), Some(hf));
+            assert_eq!(hf_to_gguf(hf).as_deref(), Some(gguf));
+        }
+        for unknown in [
+            "rope_freqs.weight",
+            "blk.x.attn_q.weight",
+            "blk.01.attn_q.weight",
+            "blk.0",
+            "",
+        ] {
+            assert_eq!(gguf_to_hf(unknown), None, "{unknown}");
+        }
+    }
+
+    #[test]
+    fn peft_keys_go_there_and_back() {
+        let module = "model.layers.3.mlp.up_proj";
+        let key = peft_key(module, LoraHalf::B);
+        assert_eq!(
+            key,
+            "base_model.model.model.layers.3.mlp.up_proj.lora_B.weight"
+        );
+        assert_eq!(parse_peft_key(&key), Some((module, LoraHalf::B)));
+        assert_eq!(parse_peft_key("base_model.model.lm_head.weight"), None);
+        assert_eq!(layer_of(module), Some(3));
+        assert_eq!(layer_of("lm_head"), None);
+    }
+}

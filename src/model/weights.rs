@@ -1,1 +1,488 @@
-//! Placeholder of model/weights.
+//! A base model's tensors: memory-mapped safetensors (one file or shards) or GGUF, converted to
+//! f32 one at a time. Pickle is never read.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::path::{Component, Path, PathBuf};
+
+use super::config::{ConfigError, ModelConfig};
+use super::names;
+use super::shard::Shard;
+use crate::quant::blocks::BlockKind;
+use crate::quant::gguf::{GgufError, GgufFile};
+
+/// Most faults listed in one error.
+const MAX_LISTED: usize = 20;
+/// The one file of a small model.
+const SINGLE: &str = "model.safetensors";
+/// The table of a sharded one.
+const INDEX: &str = "model.safetensors.index.json";
+
+/// How a tensor is stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Dtype {
+    /// 32-bit float.
+    F32,
+    /// IEEE half precision.
+    F16,
+    /// bfloat16.
+    BF16,
+    /// Blocks of a GGUF quantisation.
+    Quantised,
+    /// A safetensors type that lorafit does not read, by its name there.
+    Other(&'static str),
+}
+
+impl fmt::Display for Dtype {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        f.write_str(match self {
+            Self::F32 => "F32",
+            Self::F16 => "F16",
+            Self::BF16 => "BF16",
+            Self::Quantised => "quantised",
+            Self::Other(name) => name,
+        })
+    }
+}
+
+/// Why weights cannot be read.
+#[derive(Debug, thiserror::Error)]
+pub enum WeightsError {
+    /// A file cannot be read.
+    #[error("{}: cannot read the weights: {source}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// A directory has no weights.
+    #[error("{}: no weights: expected model.safetensors, model.safetensors.index.json or a .gguf file", path.display())]
+    NoWeights {
+        /// The directory.
+        path: PathBuf,
+    },
+    /// There are only pickled weights.
+    #[error(
+        "{}: pickled weights are never read, as they can run code; convert them on a machine you trust: \
+         AutoModelForCausalLM.from_pretrained(dir).save_pretrained(out) writes safetensors", path.display()
+    )]
+    Pickle {
+        /// The pickle.
+        path: PathBuf,
+    },
+    /// A safetensors file or index is damaged.
+    #[error("{}: {what}", path.display())]
+    Malformed {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        what: String,
+    },
+    /// A GGUF file is damaged or not supported.
+    #[error(transparent)]
+    Gguf(#[from] GgufError),
+    /// The configuration cannot be used.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// There is no such tensor.
+    #[error("{}: no tensor `{name}`", path.display())]
+    NoTensor {
+        /// Model directory or file.
+        path: PathBuf,
+        /// Hugging Face name.
+        name: String,
+    },
+    /// A tensor's element type is not supported.
+    #[error("{}: tensor `{name}` is stored as {dtype}; supported: F32, F16, BF16", path.display())]
+    Dtype {
+        /// The file.
+        path: PathBuf,
+        /// Hugging Face name.
+        name: String,
+        /// How it is stored.
+        dtype: Dtype,
+    },
+    /// The tensors are not those that the configuration calls for.
+    #[error("{}: the weights do not fit the configuration:{}", path.display(), listed(faults))]
+    Mismatch {
+        /// Model directory or file.
+        path: PathBuf,
+        /// One line each: missing, extra, misshapen, of an unsupported type.
+        faults: Vec<String>,
+    },
+}
+
+/// The faults one a line, the first [`MAX_LISTED`] of them.
+fn listed(faults: &[String]) -> String {
+    let mut text = String::new();
+    for fault in faults.iter().take(MAX_LISTED) {
+        text.push_str("\n  ");
+        text.push_str(fault);
+    }
+    if faults.len() > MAX_LISTED {
+        text.push_str(&format!("\n  and {} more", faults.len() - MAX_LISTED));
+    }
+    text
+}
+
+/// The tensors of a model, under Hugging Face's names.
+#[derive(Debug)]
+pub struct Weights {
+    path: PathBuf,
+    source: Source,
+    tensors: BTreeMap<String, Tensor>,
+}
+
+#[derive(Debug)]
+enum Source {
+    Safetensors(Vec<Shard>),
+    Gguf {
+        file: Box<GgufFile>,
+        config: Box<ModelConfig>,
+    },
+}
+
+#[derive(Debug)]
+struct Tensor {
+    shape: Vec<usize>,
+    dtype: Dtype,
+    /// Index of the shard; 0 in GGUF.
+    shard: usize,
+    /// Its name in the file.
+    stored_name: String,
+}
+
+impl Weights {
+    /// Opens a model directory, a `.safetensors` file or a `.gguf` file.
+    ///
+    /// # Errors
+    /// When there are no readable weights, or a header is damaged.
+    pub fn open(path: &Path) -> Result<Self, WeightsError> {
+        if path.is_dir() {
+            return Self::open_dir(path);
+        }
+        match path.extension().and_then(|ext| ext.to_str()) {
+            Some("gguf") => Self::open_gguf(path, path),
+            Some("bin" | "pt" | "pth") => Err(WeightsError::Pickle {
+                path: path.to_path_buf(),
+            }),
+            _ => Ok(Self::from_shards(path, vec![Shard::open(path)?], None)),
+        }
+    }
+
+    fn open_dir(dir: &Path) -> Result<Self, WeightsError> {
+        let single = dir.join(SINGLE);
+        if single.is_file() {
+            return Ok(Self::from_shards(dir, vec![Shard::open(&single)?], None));
+        }
+        let index = dir.join(INDEX);
+        if index.is_file() {
+            return Self::open_sharded(dir, &index);
+        }
+        let with_extension = |wanted: &[&str]| -> Result<Vec<PathBuf>, WeightsError> {
+            let read = |source| WeightsError::Read {
+                path: dir.to_path_buf(),
+                source,
+            };
+            let mut found = Vec::new();
+            for entry in std::fs::read_dir(dir).map_err(read)? {
+                let path = entry.map_err(read)?.path();
+                let extension = path.extension().and_then(|ext| ext.to_str());
+                if extension.is_some_and(|ext| wanted.contains(&ext)) {
+                    found.push(path);
+                }
+            }
+            Ok(found)
+        };
+        if let [one] = with_extension(&["gguf"])?.as_slice() {
+            return Self::open_gguf(dir, one);
+        }
+        match with_extension(&["bin", "pt", "pth"])?.into_iter().next() {
+            Some(path) => Err(WeightsError::Pickle { path }),
+            None => Err(WeightsError::NoWeights {
+                path: dir.to_path_buf(),
+            }),
+        }
+    }
+
+    fn open_sharded(dir: &Path, index: &Path) -> Result<Self, WeightsError> {
+        let files = read_index(index)?;
+        let mut shards: Vec<Shard> = Vec::new();
+        let mut numbers: BTreeMap<&str, usize> = BTreeMap::new();
+        for file in files.values() {
+            if !numbers.contains_key(file.as_str()) {
+                numbers.insert(file, shards.len());
+                shards.push(Shard::open(&dir.join(file))?);
+            }
+        }
+        for (name, file) in &files {
+            if !shards[numbers[file.as_str()]].tensors().contains_key(name) {
+                return Err(WeightsError::Malformed {
+                    path: index.to_path_buf(),
+                    what: format!("it places tensor `{name}` in {file}, which has no such tensor"),
+                });
+            }
+        }
+        let owner = |name: &str| files.get(name).map(|file| numbers[file.as_str()]);
+        Ok(Self::from_shards(dir, shards, Some(&owner)))
+    }
+
+    /// Gathers the tensors of all shards; where two have the same name, `owner` decides.
+    fn from_shards(
+        path: &Path,
+        shards: Vec<Shard>,
+        owner: Option<&dyn Fn(&str) -> Option<usize>>,
+    ) -> Self {
+        let mut tensors = BTreeMap::new();
+        for (number, shard) in shards.iter().enumerate() {
+            for (name, stored) in shard.tensors() {
+                let placed = owner.and_then(|owner| owner(name));
+                if placed.is_some_and(|placed| placed != number) {
+                    continue;
+                }
+                let tensor = Tensor {
+                    shape: stored.shape.clone(),
+                    dtype: stored.dtype,
+                    shard: number,
+                    stored_name: name.clone(),
+                };
+                tensors.insert(name.clone(), tensor);
+            }
+        }
+        Self {
+            path: path.to_path_buf(),
+            source: Source::Safetensors(shards),
+            tensors,
+        }
+    }
+
+    fn open_gguf(path: &Path, file: &Path) -> Result<Self, WeightsError> {
+        let file = GgufFile::open(file)?;
+        let config = ModelConfig::from_gguf(&file)?;
+        let mut tensors = BTreeMap::new();
+        for (stored_name, tensor) in &file.tensors {
+            if stored_name == super::gguf::ROPE_FACTORS {
+                continue;
+            }
+            let name = names::gguf_to_hf(stored_name).unwrap_or_else(|| stored_name.clone());
+            let tensor = Tensor {
+                shape: tensor.shape.clone(),
+                dtype: match tensor.kind {
+                    BlockKind::F32 => Dtype::F32,
+                    BlockKind::F16 => Dtype::F16,
+                    BlockKind::Bf16 => Dtype::BF16,
+                    _ => Dtype::Quantised,
+                },
+                shard: 0,
+                stored_name: stored_name.clone(),
+            };
+            tensors.insert(name, tensor);
+        }
+        Ok(Self {
+            path: path.to_path_buf(),
+            source: Source::Gguf {
+                file: Box::new(file),
+                config: Box::new(config),
+            },
+            tensors,
+        })
+    }
+
+    /// The model directory or file.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The open GGUF file, when that is where the weights are.
+    pub fn gguf(&self) -> Option<&GgufFile> {
+        match &self.source {
+            Source::Gguf { file, .. } => Some(file),
+            Source::Safetensors(_) => None,
+        }
+    }
+
+    /// The names of all tensors, sorted.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.tensors.keys().map(String::as_str)
+    }
+
+    /// The shape of a tensor.
+    pub fn shape(&self, name: &str) -> Option<&[usize]> {
+        Some(&self.tensors.get(name)?.shape)
+    }
+
+    /// How a tensor is stored.
+    pub fn dtype(&self, name: &str) -> Option<Dtype> {
+        Some(self.tensors.get(name)?.dtype)
+    }
+
+    /// A tensor in f32, row-major, in Hugging Face's order of rows.
+    ///
+    /// # Errors
+    /// When there is no such tensor, or its element type is not supported.
+    pub fn read_f32(&self, name: &str) -> Result<Vec<f32>, WeightsError> {
+        let tensor = self.tensor(name)?;
+        match &self.source {
+            Source::Safetensors(shards) => {
+                let shard = &shards[tensor.shard];
+                let stored = &shard.tensors()[&tensor.stored_name];
+                shard.read_f32(stored).ok_or_else(|| WeightsError::Dtype {
+                    path: shard.path().to_path_buf(),
+                    name: name.to_string(),
+                    dtype: tensor.dtype,
+                })
+            }
+            Source::Gguf { file, config } => {
+                let values = file.read_f32(&tensor.stored_name)?;
+                Ok(super::gguf::to_hf_rows(name, values, config))
+            }
+        }
+    }
+
+    /// A tensor's bytes as safetensors stores them; `None` in GGUF, whose layout differs.
+    ///
+    /// # Errors
+    /// When there is no such tensor.
+    pub fn raw(&self, name: &str) -> Result<Option<&[u8]>, WeightsError> {
+        let tensor = self.tensor(name)?;
+        Ok(match &self.source {
+            Source::Safetensors(shards) => {
+                let shard = &shards[tensor.shard];
+                Some(shard.bytes(&shard.tensors()[&tensor.stored_name]))
+            }
+            Source::Gguf { .. } => None,
+        })
+    }
+
+    /// The model's configuration: `config.json` beside the weights, or GGUF metadata.
+    ///
+    /// # Errors
+    /// As [`ModelConfig::from_dir`].
+    pub fn config(&self) -> Result<ModelConfig, ConfigError> {
+        match &self.source {
+            Source::Gguf { config, .. } => Ok((**config).clone()),
+            Source::Safetensors(_) if self.path.is_dir() => ModelConfig::from_dir(&self.path),
+            Source::Safetensors(_) => {
+                ModelConfig::from_dir(self.path.parent().unwrap_or(Path::new(".")))
+            }
+        }
+    }
+
+    fn tensor(&self, name: &str) -> Result<&Tensor, WeightsError> {
+        self.tensors
+            .get(name)
+            .ok_or_else(|| WeightsError::NoTensor {
+                path: self.path.clone(),
+                name: name.to_string(),
+            })
+    }
+}
+
+/// Tensor name → file name, each a plain name in the index's own directory.
+fn read_index(index: &Path) -> Result<BTreeMap<String, String>, WeightsError> {
+    let malformed = |what: String| WeightsError::Malformed {
+        path: index.to_path_buf(),
+        what,
+    };
+    let text = std::fs::read(index).map_err(|source| WeightsError::Read {
+        path: index.to_path_buf(),
+        source,
+    })?;
+    #[derive(serde::Deserialize)]
+    struct Index {
+        weight_map: BTreeMap<String, String>,
+    }
+    let Index { weight_map } = serde_json::from_slice(&text)
+        .map_err(|error| malformed(format!("not an index of shards: {error}")))?;
+    if weight_map.is_empty() {
+        return Err(malformed("`weight_map` is empty".into()));
+    }
+    for (name, file) in &weight_map {
+        let mut parts = Path::new(file).components();
+        let plain = matches!(
+            (parts.next(), parts.next()),
+            (Some(Component::Normal(only)), None) if only == file.as_str()
+        );
+        if !plain || file.contains('\\') {
+            return Err(malformed(format!(
+                "tensor `{name}` is placed in {file:?}; shards are files beside the index"
+            )));
+        }
+        if !file.ends_with(".safetensors") {
+            return Err(malformed(format!(
+                "tensor `{name}` is placed in {file:?}, which is not a .safetensors file"
+            )));
+        }
+    }
+    Ok(weight_map)
+}
+
+/// Every tensor the configuration calls for, with its shape. A tied output head is not listed.
+pub fn expected_tensors(config: &ModelConfig) -> Vec<(String, Vec<usize>)> {
+    let (vocab, hidden) = (config.vocab_size, config.hidden_size);
+    let mut tensors = vec![(weight(names::EMBEDDING), vec![vocab, hidden])];
+    for linear in names::linears(config) {
+        let bias = format!("{}.bias", linear.path);
+        tensors.push((
+            weight(&linear.path),
+            vec![linear.out_features, linear.in_features],
+        ));
+        if linear.bias {
+            tensors.push((bias, vec![linear.out_features]));
+        }
+    }
+    for norm in names::norms(config) {
+        tensors.push((weight(&norm), vec![hidden]));
+    }
+    if !config.tie_word_embeddings {
+        tensors.push((weight(names::HEAD), vec![vocab, hidden]));
+    }
+    tensors
+}
+
+fn weight(module: &str) -> String {
+    format!("{module}.weight")
+}
+
+/// Compares the tensors with those the configuration calls for. A tied output head may be stored
+/// or not; old files' `rotary_emb.inv_freq` are passed over.
+///
+/// # Errors
+/// [`WeightsError::Mismatch`] with every missing, extra and misshapen tensor.
+pub fn check(weights: &Weights, config: &ModelConfig) -> Result<(), WeightsError> {
+    let mut expected: BTreeMap<String, Vec<usize>> = expected_tensors(config).into_iter().collect();
+    let mut faults: Vec<String> = expected
+        .iter()
+        .filter(|(name, _)| !weights.tensors.contains_key(*name))
+        .map(|(name, shape)| format!("missing: {name} {shape:?}"))
+        .collect();
+    expected
+        .entry(weight(names::HEAD))
+        .or_insert_with(|| vec![config.vocab_size, config.hidden_size]);
+    for (name, tensor) in &weights.tensors {
+        if name.ends_with("rotary_emb.inv_freq") {
+            continue;
+        }
+        match expected.get(name) {
+            None => faults.push(format!("extra: {name} {:?}", tensor.shape)),
+            Some(shape) if *shape != tensor.shape => faults.push(format!(
+                "misshapen: {name} expected {shape:?}, found {:?}",
+                tensor.shape
+            )),
+            Some(_) => {}
+        }
+        if let Dtype::Other(dtype) = tensor.dtype {
+            faults.push(format!(
+                "stored as {dtype}: {name}; supported: F32, F16, BF16"
+            ));
+        }
+    }
+    match faults.is_empty() {
+        true => Ok(()),
+        false => Err(WeightsError::Mismatch {
+            path: weights.path.clone(),
+            faults,
+        }),
+    }
+}
