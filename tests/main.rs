@@ -4,5 +4,6 @@ mod data;
 mod export;
 mod gguf;
 mod hub;
+mod peft;
 mod recipe;
 mod weights;

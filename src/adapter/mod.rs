@@ -1,6 +1,9 @@
-//! Low-rank deltas: [`target`] chooses the modules that carry them, [`inject`] puts them into a
-//! model, [`peft`] reads and writes them as PEFT does, [`merge`] adds them to the base.
+//! Low-rank deltas: which modules carry them, how PEFT stores them, how they merge.
+//!
+//! [`target`] decides which linear layers carry one, [`inject`] puts them into a model, [`config`]
+//! is `adapter_config.json`, [`peft`] reads an adapter directory, [`merge`] adds a delta to a weight.
 
+pub mod config;
 pub mod inject;
 pub mod merge;
 pub mod peft;

@@ -23,13 +23,11 @@ use std::fmt;
 
 use regex::Regex;
 
+use crate::model::names;
 use crate::recipe::plan::{AdapterPlan, TargetModules};
 
 /// The shorthand for every linear layer but the output head.
 pub const ALL_LINEAR: &str = "all-linear";
-
-/// The output head's name in Hugging Face's causal language models; `all-linear` leaves it out.
-const OUTPUT_HEAD: &str = "lm_head";
 
 /// From this many names on, PEFT writes the shortest path ends instead of the names
 /// (`MIN_TARGET_MODULES_FOR_OPTIMIZATION`).
@@ -221,7 +219,7 @@ impl Rule {
 
     fn matches(&self, module: &str) -> bool {
         match self {
-            Self::AllLinear => !ends_with(module, OUTPUT_HEAD),
+            Self::AllLinear => !ends_with(module, names::HEAD),
             Self::Whole(regex) => regex.is_match(module),
             Self::Ends(names) => names.iter().any(|name| ends_with(module, name)),
         }
@@ -266,7 +264,10 @@ impl Matcher {
     pub fn new(targeting: &Targeting) -> Result<Self, TargetError> {
         let mut faults = Vec::new();
         check_knobs(targeting, &mut faults);
-        let targets = keep(Rule::new("target_modules", &targeting.target_modules), &mut faults);
+        let targets = keep(
+            Rule::new("target_modules", &targeting.target_modules),
+            &mut faults,
+        );
         let excluded = (targeting.exclude_modules.as_ref())
             .and_then(|modules| keep(Rule::new("exclude_modules", modules), &mut faults));
         let layers = (layers_of(targeting)).map(|layers| {
@@ -292,7 +293,11 @@ impl Matcher {
 
     /// Whether this linear layer carries an adapter.
     pub fn selects(&self, module: &str) -> bool {
-        if self.excluded.as_ref().is_some_and(|rule| rule.matches(module)) {
+        if self
+            .excluded
+            .as_ref()
+            .is_some_and(|rule| rule.matches(module))
+        {
             return false;
         }
         self.targets.matches(module)
@@ -312,31 +317,49 @@ impl Matcher {
     pub fn adapter(&self, module: &str) -> ModuleAdapter {
         let rank = first_match(&self.ranks, module).unwrap_or(self.rank);
         let alpha = first_match(&self.alphas, module).unwrap_or(self.alpha);
-        let divisor = if self.use_rslora { (rank as f64).sqrt() } else { rank as f64 };
-        ModuleAdapter { module: module.to_owned(), rank, alpha, scaling: alpha / divisor }
+        let divisor = if self.use_rslora {
+            (rank as f64).sqrt()
+        } else {
+            rank as f64
+        };
+        ModuleAdapter {
+            module: module.to_owned(),
+            rank,
+            alpha,
+            scaling: alpha / divisor,
+        }
     }
 }
 
 /// The layer filter, where there is one; PEFT takes an empty list for none.
 fn layers_of(targeting: &Targeting) -> Option<&[usize]> {
-    targeting.layers_to_transform.as_deref().filter(|layers| !layers.is_empty())
+    targeting
+        .layers_to_transform
+        .as_deref()
+        .filter(|layers| !layers.is_empty())
 }
 
 fn check_knobs(targeting: &Targeting, faults: &mut Vec<TargetFault>) {
     let is_regex = matches!(&targeting.target_modules,
         TargetModules::Pattern(p) if !p.eq_ignore_ascii_case(ALL_LINEAR));
     if is_regex && layers_of(targeting).is_some() {
-        faults.push(TargetFault::LayersWithPattern { key: "layers_to_transform" });
+        faults.push(TargetFault::LayersWithPattern {
+            key: "layers_to_transform",
+        });
     }
     if !targeting.layers_pattern.is_empty() && targeting.layers_to_transform.is_none() {
         faults.push(TargetFault::LayersPatternAlone);
     }
     if targeting.rank == 0 {
-        faults.push(TargetFault::ZeroRank { key: "rank".to_owned() });
+        faults.push(TargetFault::ZeroRank {
+            key: "rank".to_owned(),
+        });
     }
     for (pattern, rank) in &targeting.rank_pattern {
         if *rank == 0 {
-            faults.push(TargetFault::ZeroRank { key: format!("rank_pattern.{pattern}") });
+            faults.push(TargetFault::ZeroRank {
+                key: format!("rank_pattern.{pattern}"),
+            });
         }
     }
 }
@@ -354,7 +377,10 @@ fn layer_regexes(patterns: &[String], faults: &mut Vec<TargetFault>) -> Vec<Rege
     (patterns.iter())
         .filter_map(|p| {
             let head = if named { r"\A(?:.*?\.)?" } else { r"\A.*?\." };
-            keep(compile(key, p, &format!(r"{head}(?:{p})\.(?P<idx>\d+)\.")), faults)
+            keep(
+                compile(key, p, &format!(r"{head}(?:{p})\.(?P<idx>\d+)\.")),
+                faults,
+            )
         })
         .collect()
 }
@@ -378,7 +404,10 @@ fn pattern_regexes<T: Copy>(
 }
 
 fn first_match<T: Copy>(patterns: &[(Regex, T)], module: &str) -> Option<T> {
-    patterns.iter().find(|(regex, _)| regex.is_match(module)).map(|(_, value)| *value)
+    patterns
+        .iter()
+        .find(|(regex, _)| regex.is_match(module))
+        .map(|(_, value)| *value)
 }
 
 /// The adapters that a choice puts on a model, in the order of `linear_modules`.
@@ -398,7 +427,11 @@ pub fn select(
         .map(|module| matcher.adapter(module))
         .collect();
     let faults = unused(targeting, &matcher, linear_modules, &selected);
-    if faults.is_empty() { Ok(selected) } else { Err(TargetError { faults }) }
+    if faults.is_empty() {
+        Ok(selected)
+    } else {
+        Err(TargetError { faults })
+    }
 }
 
 /// Names, layers and patterns without effect.
@@ -409,15 +442,26 @@ fn unused(
     selected: &[ModuleAdapter],
 ) -> Vec<TargetFault> {
     let mut faults = Vec::new();
-    unused_modules("target_modules", &targeting.target_modules, &matcher.targets, linear, &mut faults);
+    unused_modules(
+        "target_modules",
+        &targeting.target_modules,
+        &matcher.targets,
+        linear,
+        &mut faults,
+    );
     if let (Some(modules), Some(rule)) = (&targeting.exclude_modules, &matcher.excluded) {
         unused_modules("exclude_modules", modules, rule, linear, &mut faults);
     }
     if let Some((kept, regexes)) = &matcher.layers {
-        let there: BTreeSet<usize> =
-            linear.iter().filter_map(|module| layer_index(regexes, module)).collect();
+        let there: BTreeSet<usize> = linear
+            .iter()
+            .filter_map(|module| layer_index(regexes, module))
+            .collect();
         for &layer in kept.iter().filter(|layer| !there.contains(layer)) {
-            faults.push(TargetFault::UnknownLayer { layer, expected: span(&there) });
+            faults.push(TargetFault::UnknownLayer {
+                layer,
+                expected: span(&there),
+            });
         }
     }
     if selected.is_empty() && faults.is_empty() {
@@ -426,7 +470,10 @@ fn unused(
     if selected.is_empty() {
         return faults;
     }
-    let paths: Vec<String> = selected.iter().map(|adapter| adapter.module.clone()).collect();
+    let paths: Vec<String> = selected
+        .iter()
+        .map(|adapter| adapter.module.clone())
+        .collect();
     let mut check = |key, pattern: &str, regex: &Regex| {
         if !paths.iter().any(|path| regex.is_match(path)) {
             faults.push(TargetFault::UnusedPattern {
@@ -458,7 +505,11 @@ fn unused_modules(
             for name in names {
                 if !linear.iter().any(|module| ends_with(module, name)) {
                     let nearest = nearest(name, linear);
-                    faults.push(TargetFault::UnknownName { key, name: name.clone(), nearest });
+                    faults.push(TargetFault::UnknownName {
+                        key,
+                        name: name.clone(),
+                        nearest,
+                    });
                 }
             }
         }
@@ -478,8 +529,10 @@ fn unused_modules(
 /// "did you mean …" and the names there are: the last parts of the paths, or for a dotted name
 /// whole paths.
 fn nearest(name: &str, modules: &[String]) -> String {
-    let ends: BTreeSet<&str> =
-        modules.iter().filter_map(|module| module.rsplit('.').next()).collect();
+    let ends: BTreeSet<&str> = modules
+        .iter()
+        .filter_map(|module| module.rsplit('.').next())
+        .collect();
     let closest = if name.contains('.') {
         best(name, modules.iter().map(String::as_str))
     } else {
@@ -518,8 +571,13 @@ pub fn as_written(targeting: &Targeting, linear: &[String]) -> Result<Targeting,
     let mut written = targeting.clone();
     if matches!(&targeting.target_modules, TargetModules::Pattern(p) if p.eq_ignore_ascii_case(ALL_LINEAR))
     {
-        let chosen = Targeting { exclude_modules: None, ..targeting.clone() };
-        let paths = select(&chosen, linear)?.into_iter().map(|adapter| adapter.module);
+        let chosen = Targeting {
+            exclude_modules: None,
+            ..targeting.clone()
+        };
+        let paths = select(&chosen, linear)?
+            .into_iter()
+            .map(|adapter| adapter.module);
         // The paths are chosen layer by layer already, and PEFT does not filter whole paths.
         written.layers_to_transform = None;
         written.layers_pattern.clear();
@@ -545,8 +603,10 @@ fn shortest_ends(names: &[String], linear: &[String]) -> Vec<String> {
         .filter(|path| !names.iter().any(|name| ends_with(path, name)))
         .flat_map(ends)
         .collect();
-    let mut sorted: Vec<(Vec<&str>, &String)> =
-        names.iter().map(|name| (ends(name).collect(), name)).collect();
+    let mut sorted: Vec<(Vec<&str>, &String)> = names
+        .iter()
+        .map(|name| (ends(name).collect(), name))
+        .collect();
     sorted.sort();
     let mut kept = BTreeSet::new();
     for (ends, name) in sorted {
@@ -574,4 +634,183 @@ fn with_ancestors(path: &str) -> impl Iterator<Item = &str> {
 fn ends(path: &str) -> impl Iterator<Item = &str> {
     let dots = path.rmatch_indices('.').map(move |(i, _)| &path[i + 1..]);
     dots.chain([path])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn llama(layers: usize) -> Vec<String> {
+        let parts = ["self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj"];
+        let blocks = (0..layers).flat_map(|l| parts.map(|part| format!("model.layers.{l}.{part}")));
+        blocks.chain(["lm_head".to_owned()]).collect()
+    }
+
+    fn targeting(target_modules: TargetModules) -> Targeting {
+        Targeting {
+            target_modules,
+            exclude_modules: None,
+            layers_to_transform: None,
+            layers_pattern: Vec::new(),
+            rank: 4,
+            alpha: 8.0,
+            rank_pattern: Vec::new(),
+            alpha_pattern: Vec::new(),
+            use_rslora: false,
+        }
+    }
+
+    fn named(names: &[&str]) -> Targeting {
+        targeting(TargetModules::Names(
+            names.iter().map(|n| (*n).to_owned()).collect(),
+        ))
+    }
+
+    fn regex(pattern: &str) -> Targeting {
+        targeting(TargetModules::Pattern(pattern.to_owned()))
+    }
+
+    fn paths(targeting: &Targeting, linear: &[String]) -> Vec<String> {
+        select(targeting, linear)
+            .unwrap()
+            .into_iter()
+            .map(|adapter| adapter.module)
+            .collect()
+    }
+
+    fn error(targeting: &Targeting) -> String {
+        select(targeting, &llama(2)).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn all_linear_leaves_out_the_head() {
+        assert_eq!(paths(&regex("All-Linear"), &llama(2)), llama(2)[..6]);
+    }
+
+    #[test]
+    fn a_name_matches_after_a_dot_only() {
+        assert_eq!(
+            paths(&named(&["v_proj"]), &llama(1)),
+            ["model.layers.0.self_attn.v_proj"]
+        );
+        assert!(error(&named(&["_proj"])).contains("no linear layer is called \"_proj\""));
+    }
+
+    #[test]
+    fn a_pattern_matches_the_whole_path() {
+        assert_eq!(
+            paths(&regex(r".*\.1\.(mlp|x)\..*"), &llama(2)),
+            ["model.layers.1.mlp.up_proj"]
+        );
+        assert!(error(&regex("q_proj")).contains("matches no linear layer"));
+    }
+
+    #[test]
+    fn layers_filter_ends_but_not_whole_paths() {
+        let mut t = named(&["q_proj", "model.layers.0.self_attn.v_proj"]);
+        t.layers_to_transform = Some(vec![1]);
+        let expected = [
+            "model.layers.0.self_attn.v_proj",
+            "model.layers.1.self_attn.q_proj",
+        ];
+        assert_eq!(paths(&t, &llama(2)), expected);
+        t.layers_pattern = vec!["layers".to_owned()];
+        assert_eq!(paths(&t, &llama(2)), expected);
+        t.layers_pattern = vec!["h".to_owned()];
+        assert!(select(&t, &llama(2)).is_err());
+    }
+
+    #[test]
+    fn an_expert_number_is_no_layer_number() {
+        let linear = ["model.layers.1.mlp.experts.0.w1".to_owned()];
+        let mut t = named(&["w1"]);
+        t.layers_to_transform = Some(vec![0]);
+        assert!(select(&t, &linear).is_err());
+        t.layers_to_transform = Some(vec![1]);
+        assert_eq!(paths(&t, &linear), linear);
+    }
+
+    #[test]
+    fn the_first_pattern_wins() {
+        let mut t = named(&["q_proj", "v_proj"]);
+        t.rank_pattern = vec![
+            ("0.self_attn.q_proj".to_owned(), 2),
+            ("q_proj".to_owned(), 16),
+        ];
+        t.alpha_pattern = vec!["v_proj|x".to_owned()]
+            .into_iter()
+            .map(|p| (p, 3.0))
+            .collect();
+        let found: Vec<_> = (select(&t, &llama(2)).unwrap().into_iter())
+            .map(|adapter| (adapter.rank, adapter.scaling))
+            .collect();
+        assert_eq!(found, [(2, 4.0), (4, 0.75), (16, 0.5), (4, 0.75)]);
+        t.use_rslora = true;
+        assert_eq!(select(&t, &llama(2)).unwrap()[2].scaling, 2.0);
+    }
+
+    #[test]
+    fn excluded_modules_are_left_out() {
+        let mut t = regex(ALL_LINEAR);
+        t.exclude_modules = Some(TargetModules::Names(vec!["up_proj".to_owned()]));
+        assert_eq!(paths(&t, &llama(1)), llama(1)[..2]);
+        t.exclude_modules = Some(TargetModules::Pattern(".*_proj".to_owned()));
+        assert!(error(&t).contains("leave no linear layer"), "{}", error(&t));
+    }
+
+    #[test]
+    fn all_faults_come_together_with_the_nearest_names() {
+        let mut t = named(&["q_porj", "v_proj"]);
+        t.layers_to_transform = Some(vec![0, 7]);
+        t.rank_pattern = vec![("up_proj".to_owned(), 2)];
+        let text = error(&t);
+        for part in [
+            "did you mean \"q_proj\"?",
+            "layer 7; expected 0 to 1",
+            "\"up_proj\" matches no adapted",
+        ] {
+            assert!(text.contains(part), "{part} not in {text}");
+        }
+        t.rank_pattern = vec![("(".to_owned(), 0)];
+        let text = error(&t);
+        assert!(
+            text.contains("rank_pattern.(: found rank 0") && text.contains("unclosed group"),
+            "{text}"
+        );
+    }
+
+    #[test]
+    fn pythons_look_around_is_refused_by_name() {
+        let text = error(&regex(r".*(?<!lm)_proj"));
+        assert!(text.contains("look-around, back-references"), "{text}");
+        let mut t = regex(".*_proj");
+        t.layers_to_transform = Some(vec![0]);
+        assert!(error(&t).contains("cannot be combined"));
+    }
+
+    #[test]
+    fn many_names_are_written_as_short_ends() {
+        let TargetModules::Names(few) = as_written(&regex(ALL_LINEAR), &llama(2))
+            .unwrap()
+            .target_modules
+        else {
+            panic!("names")
+        };
+        let mut sorted = llama(2)[..6].to_vec();
+        sorted.sort();
+        assert_eq!(few, sorted);
+        let written = as_written(&regex(ALL_LINEAR), &llama(7)).unwrap();
+        assert_eq!(written, named(&["q_proj", "up_proj", "v_proj"]));
+    }
+
+    #[test]
+    fn layers_of_all_linear_survive_writing() {
+        for layers in [9, 2] {
+            let mut t = regex(ALL_LINEAR);
+            t.layers_to_transform = Some((1..layers).collect());
+            let linear = llama(10);
+            let written = as_written(&t, &linear).unwrap();
+            assert_eq!(paths(&written, &linear), paths(&t, &linear));
+        }
+    }
 }

@@ -23,8 +23,13 @@ pub struct TensorInfo {
 impl TensorInfo {
     /// Size of the tensor in the file; `None` when it overflows.
     pub fn bytes(&self) -> Option<usize> {
-        let elements = self.shape.iter().try_fold(1_usize, |n, d| n.checked_mul(*d))?;
-        elements.checked_mul(self.dtype.bitsize()).map(|bits| bits / 8)
+        let elements = self
+            .shape
+            .iter()
+            .try_fold(1_usize, |n, d| n.checked_mul(*d))?;
+        elements
+            .checked_mul(self.dtype.bitsize())
+            .map(|bits| bits / 8)
     }
 }
 
@@ -58,7 +63,12 @@ impl SafetensorsWriter {
         file.append(&(header.len() as u64).to_le_bytes())?;
         file.append(&header)?;
         let bytes = 8 + header.len() as u64;
-        Ok(Self { file, tensors, written: 0, bytes })
+        Ok(Self {
+            file,
+            tensors,
+            written: 0,
+            bytes,
+        })
     }
 
     /// The tensors in the order in which they must be written.
@@ -77,14 +87,24 @@ impl SafetensorsWriter {
             expected,
             found,
         };
-        let next = self.tensors.get(self.written).filter(|next| next.name == name);
+        let next = self
+            .tensors
+            .get(self.written)
+            .filter(|next| next.name == name);
         let Some(next) = next else {
-            let next = self.tensors.get(self.written).map_or("no more tensors", |t| &t.name);
+            let next = self
+                .tensors
+                .get(self.written)
+                .map_or("no more tensors", |t| &t.name);
             return Err(wrong(&self.file, next.to_owned(), name.to_owned()));
         };
         if next.bytes() != Some(bytes.len()) {
             let expected = format!("{:?} {:?}", next.dtype, next.shape);
-            return Err(wrong(&self.file, expected, format!("{} bytes", bytes.len())));
+            return Err(wrong(
+                &self.file,
+                expected,
+                format!("{} bytes", bytes.len()),
+            ));
         }
         self.file.append(bytes)?;
         self.written += 1;
@@ -124,14 +144,23 @@ fn header(
     };
     let mut json = Map::new();
     if !metadata.is_empty() {
-        let pairs = metadata.iter().map(|(k, v)| ((*k).to_owned(), Value::from(*v)));
+        let pairs = metadata
+            .iter()
+            .map(|(k, v)| ((*k).to_owned(), Value::from(*v)));
         json.insert("__metadata__".to_owned(), Value::Object(pairs.collect()));
     }
     let mut start = 0_usize;
     for info in tensors {
-        let end = info.bytes().and_then(|bytes| start.checked_add(bytes)).ok_or_else(|| {
-            wrong(info, "a size that fits in memory", format!("shape {:?}", info.shape))
-        })?;
+        let end = info
+            .bytes()
+            .and_then(|bytes| start.checked_add(bytes))
+            .ok_or_else(|| {
+                wrong(
+                    info,
+                    "a size that fits in memory",
+                    format!("shape {:?}", info.shape),
+                )
+            })?;
         let entry = json!({
             "dtype": info.dtype.to_string(),
             "shape": info.shape,
@@ -171,6 +200,10 @@ pub fn f32_bytes(values: &[f32]) -> std::borrow::Cow<'_, [u8]> {
     if cfg!(target_endian = "little") {
         bytemuck::cast_slice(values).into()
     } else {
-        values.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>().into()
+        values
+            .iter()
+            .flat_map(|x| x.to_le_bytes())
+            .collect::<Vec<u8>>()
+            .into()
     }
 }

@@ -51,7 +51,11 @@ pub enum WriteError {
 impl WriteError {
     /// Wraps what the system said about `path`.
     pub fn io(action: &'static str, path: &Path, source: io::Error) -> Self {
-        Self::Io { action, path: path.to_owned(), source }
+        Self::Io {
+            action,
+            path: path.to_owned(),
+            source,
+        }
     }
 }
 
@@ -88,13 +92,20 @@ impl AtomicFile {
     /// When the directory is missing or cannot be written.
     pub fn create(path: &Path) -> Result<Self, WriteError> {
         let (temporary, file) = unused_sibling(path, |candidate| {
-            OpenOptions::new().write(true).create_new(true).open(candidate)
+            OpenOptions::new()
+                .write(true)
+                .create_new(true)
+                .open(candidate)
         })?;
         // Held until the process ends, however it ends; see `clean_up`. Where the file system
         // knows no locks the file is never taken for abandoned.
         let _ = file.try_lock();
         let file = Some(BufWriter::with_capacity(1 << 20, file));
-        Ok(Self { path: path.to_owned(), temporary, file })
+        Ok(Self {
+            path: path.to_owned(),
+            temporary,
+            file,
+        })
     }
 
     /// Where the file will be.
@@ -107,7 +118,8 @@ impl AtomicFile {
     /// # Errors
     /// As the system's.
     pub fn append(&mut self, bytes: &[u8]) -> Result<(), WriteError> {
-        self.write_all(bytes).map_err(|e| WriteError::io("write", &self.path, e))
+        self.write_all(bytes)
+            .map_err(|e| WriteError::io("write", &self.path, e))
     }
 
     /// Syncs the file and puts it in its place.
@@ -125,8 +137,13 @@ impl AtomicFile {
     fn sync_and_rename(&mut self) -> Result<(), WriteError> {
         let path = &self.path;
         if let Some(buffered) = &mut self.file {
-            buffered.flush().map_err(|e| WriteError::io("write", path, e))?;
-            buffered.get_ref().sync_all().map_err(|e| WriteError::io("sync", path, e))?;
+            buffered
+                .flush()
+                .map_err(|e| WriteError::io("write", path, e))?;
+            buffered
+                .get_ref()
+                .sync_all()
+                .map_err(|e| WriteError::io("sync", path, e))?;
         }
         fs::rename(&self.temporary, path).map_err(|e| WriteError::io("replace", path, e))?;
         sync_dir(parent(path))
@@ -210,7 +227,12 @@ impl PartialDir {
         if let Some(handle) = &lock {
             let _ = handle.try_lock();
         }
-        Ok(Self { target: target.to_owned(), path, lock, published: false })
+        Ok(Self {
+            target: target.to_owned(),
+            path,
+            lock,
+            published: false,
+        })
     }
 
     /// Where to write.
@@ -225,7 +247,9 @@ impl PartialDir {
     /// [`WriteError::Exists`] when something is there, or what the system says.
     pub fn publish(mut self) -> Result<(), WriteError> {
         if is_taken(&self.target) {
-            return Err(WriteError::Exists { path: self.target.clone() });
+            return Err(WriteError::Exists {
+                path: self.target.clone(),
+            });
         }
         self.sync_and_rename()
     }
@@ -244,8 +268,7 @@ impl PartialDir {
         sync_tree(&self.path)?;
         let aside = named_sibling(&self.target, REPLACED, 0)?;
         remove_all(&aside)?;
-        fs::rename(&self.target, &aside)
-            .map_err(|e| WriteError::io("replace", &self.target, e))?;
+        fs::rename(&self.target, &aside).map_err(|e| WriteError::io("replace", &self.target, e))?;
         let result = self.sync_and_rename();
         match &result {
             Ok(()) => remove_all(&aside)?,
@@ -330,14 +353,19 @@ pub fn clean_up(dir: &Path) -> Result<Vec<PathBuf>, WriteError> {
 /// `NAME` of `.NAME.KIND-PID-N`.
 fn name_before<'a>(file_name: &'a OsStr, kind: &str) -> Option<&'a str> {
     let (name, suffix) = file_name.to_str()?.strip_prefix('.')?.rsplit_once('.')?;
-    let (pid, n) = suffix.strip_prefix(kind)?.strip_prefix('-')?.split_once('-')?;
+    let (pid, n) = suffix
+        .strip_prefix(kind)?
+        .strip_prefix('-')?
+        .split_once('-')?;
     let digits = |s: &str| !s.is_empty() && s.bytes().all(|b| b.is_ascii_digit());
     (digits(pid) && digits(n)).then_some(name)
 }
 
 /// Whether nobody holds the lock.
 fn is_abandoned(path: &Path) -> bool {
-    let Ok(handle) = File::open(path) else { return false };
+    let Ok(handle) = File::open(path) else {
+        return false;
+    };
     match handle.try_lock() {
         Ok(()) => true,
         Err(TryLockError::WouldBlock | TryLockError::Error(_)) => false,
@@ -372,7 +400,9 @@ fn unused_sibling<T>(
 }
 
 fn named_sibling(path: &Path, kind: &str, n: usize) -> Result<PathBuf, WriteError> {
-    let name = path.file_name().ok_or_else(|| WriteError::NoName { path: path.to_owned() })?;
+    let name = path.file_name().ok_or_else(|| WriteError::NoName {
+        path: path.to_owned(),
+    })?;
     let mut sibling = OsString::from(".");
     sibling.push(name);
     sibling.push(format!(".{kind}-{}-{n}", std::process::id()));
@@ -391,13 +421,19 @@ fn parent(path: &Path) -> &Path {
 fn sync_tree(dir: &Path) -> Result<(), WriteError> {
     let entries = fs::read_dir(dir).map_err(|e| WriteError::io("read directory", dir, e))?;
     for entry in entries {
-        let path = entry.map_err(|e| WriteError::io("read directory", dir, e))?.path();
+        let path = entry
+            .map_err(|e| WriteError::io("read directory", dir, e))?
+            .path();
         if path.is_dir() {
             sync_tree(&path)?;
         } else {
             // Windows syncs only what is open for writing.
-            let open = OpenOptions::new().read(true).write(cfg!(windows)).open(&path);
-            open.and_then(|file| file.sync_all()).map_err(|e| WriteError::io("sync", &path, e))?;
+            let open = OpenOptions::new()
+                .read(true)
+                .write(cfg!(windows))
+                .open(&path);
+            open.and_then(|file| file.sync_all())
+                .map_err(|e| WriteError::io("sync", &path, e))?;
         }
     }
     sync_dir(dir)
