@@ -342,7 +342,7 @@ mod tests {
     fn every_command_has_an_example() {
         let mut cli = Cli::command();
         cli.build();
-        cli.debug_assert();
+        cli.clone().debug_assert();
         for command in cli.get_subcommands_mut() {
             let help = command.render_help().to_string();
             assert!(
@@ -394,7 +394,7 @@ mod tests {
         assert_eq!((args.top_p, args.seed), (1.0, 42));
         let error = parse("lorafit generate --base b --prompt p --top-p 2").unwrap_err();
         assert!(
-            error.contains("found `2`, expected a number above 0 and at most 1"),
+            error.contains("found `2`, expected a number above 0, at most 1"),
             "{error}"
         );
         assert!(parse("lorafit generate --base b --prompt p --device gpu").is_err());

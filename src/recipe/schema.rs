@@ -193,8 +193,8 @@ impl Kind {
             }
             Kind::Boolean => "`true` or `false`".into(),
             Kind::Integer(min, max) => format!("a whole number from {min} to {max}"),
-            Kind::Real(min, max) => format!("a number {} and {}", lower(*min), upper(*max)),
-            Kind::List(item, _) => format!("a list, each item {}", item.expected()),
+            Kind::Real(min, max) => range(*min, *max),
+            Kind::List(item, _) => format!("{}, or a list of such", item.expected()),
             Kind::Targets => "`all-linear`, a list of module names or a regular expression".into(),
             Kind::Patterns(item) => {
                 format!("a map from module patterns to {}", item.expected())
@@ -242,17 +242,12 @@ impl Kind {
     }
 }
 
-fn lower(edge: Edge) -> String {
-    match edge {
-        Edge::With(bound) => format!("from {bound}"),
-        Edge::Without(bound) => format!("above {bound}"),
-    }
-}
-
-fn upper(edge: Edge) -> String {
-    match edge {
-        Edge::With(bound) => format!("at most {bound}"),
-        Edge::Without(bound) => format!("below {bound}"),
+fn range(min: Edge, max: Edge) -> String {
+    match (min, max) {
+        (Edge::With(min), Edge::With(max)) => format!("a number from {min} to {max}"),
+        (Edge::With(min), Edge::Without(max)) => format!("a number from {min}, below {max}"),
+        (Edge::Without(min), Edge::With(max)) => format!("a number above {min}, at most {max}"),
+        (Edge::Without(min), Edge::Without(max)) => format!("a number above {min}, below {max}"),
     }
 }
 
