@@ -1,1 +1,235 @@
-//! From a device name to a burn device.
+//! From a device name to a burn device, and values back from one.
+
+use std::fmt;
+use std::str::FromStr;
+
+use burn::tensor::{Device, Tensor};
+
+/// A device as it is named on the command line: `auto`, `cpu`, `vulkan`, `cuda:1`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DeviceSpec {
+    /// The kind of device.
+    pub kind: DeviceKind,
+    /// Which of several, counted from 0; `None` leaves it to the driver.
+    pub index: Option<usize>,
+}
+
+/// A kind of device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DeviceKind {
+    /// The best that this build and this machine have.
+    Auto,
+    /// The processor; always there.
+    Cpu,
+    /// A GPU through Vulkan.
+    Vulkan,
+    /// An Apple GPU through Metal.
+    Metal,
+    /// A GPU through WebGPU, on whatever the machine offers.
+    WebGpu,
+    /// An NVIDIA GPU through CUDA.
+    Cuda,
+}
+
+/// Every kind and its name on the command line.
+const KINDS: &[(&str, DeviceKind)] = &[
+    ("auto", DeviceKind::Auto),
+    ("cpu", DeviceKind::Cpu),
+    ("vulkan", DeviceKind::Vulkan),
+    ("metal", DeviceKind::Metal),
+    ("webgpu", DeviceKind::WebGpu),
+    ("cuda", DeviceKind::Cuda),
+];
+
+/// A device name that means nothing.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum DeviceSpecError {
+    /// The name is none of the kinds.
+    #[error("`{0}` is no device; expected auto, cpu, vulkan, metal, webgpu or cuda")]
+    Kind(String),
+    /// The index is not a number, or the kind takes none.
+    #[error(
+        "`{0}` has no such index; expected a number from 0 to 255 after vulkan, metal, webgpu or cuda, as in cuda:0"
+    )]
+    Index(String),
+}
+
+impl fmt::Display for DeviceKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let name = KINDS.iter().find(|(_, kind)| kind == self);
+        f.write_str(name.map_or("", |(name, _)| name))
+    }
+}
+
+impl fmt::Display for DeviceSpec {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.kind.fmt(f)?;
+        match self.index {
+            Some(index) => write!(f, ":{index}"),
+            None => Ok(()),
+        }
+    }
+}
+
+impl FromStr for DeviceSpec {
+    type Err = DeviceSpecError;
+
+    fn from_str(text: &str) -> Result<Self, DeviceSpecError> {
+        let (name, index) = match text.split_once(':') {
+            Some((name, index)) => (name, Some(index)),
+            None => (text, None),
+        };
+        let (_, kind) = KINDS
+            .iter()
+            .find(|(known, _)| *known == name)
+            .ok_or_else(|| DeviceSpecError::Kind(text.into()))?;
+        let numbered = !matches!(kind, DeviceKind::Auto | DeviceKind::Cpu);
+        let index = match index.map(str::parse::<u8>) {
+            None => None,
+            Some(Ok(index)) if numbered => Some(index.into()),
+            Some(_) => return Err(DeviceSpecError::Index(text.into())),
+        };
+        Ok(DeviceSpec { kind: *kind, index })
+    }
+}
+
+/// A device that cannot be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum DeviceError {
+    /// The binary lacks the backend.
+    #[error(
+        "this lorafit was built without {0}; build it with `cargo install lorafit --features {0}`, or use --device cpu"
+    )]
+    NotBuilt(DeviceKind),
+    /// No such device.
+    #[error("no {spec} device was found: {found}; use --device cpu, or see `lorafit devices`")]
+    NotFound {
+        /// What was asked for.
+        spec: DeviceSpec,
+        /// What there is instead.
+        found: String,
+    },
+}
+
+/// A device that this binary can use.
+#[derive(Debug, Clone)]
+pub struct Available {
+    /// How to ask for it.
+    pub spec: DeviceSpec,
+    /// What it calls itself.
+    pub name: String,
+    /// For tensors.
+    pub device: Device,
+}
+
+/// The kinds of GPU that are compiled in, best first.
+pub fn gpu_kinds() -> Vec<DeviceKind> {
+    let kinds = [
+        (cfg!(feature = "cuda"), DeviceKind::Cuda),
+        (cfg!(feature = "metal"), DeviceKind::Metal),
+        (cfg!(feature = "vulkan"), DeviceKind::Vulkan),
+        (cfg!(feature = "webgpu"), DeviceKind::WebGpu),
+    ];
+    let built = kinds.into_iter().filter(|(built, _)| *built);
+    built.map(|(_, kind)| kind).collect()
+}
+
+/// The devices of one kind on this machine, the best first.
+pub fn available(kind: DeviceKind) -> Vec<Available> {
+    let devices: Vec<Device> = match kind {
+        DeviceKind::Auto => return gpu_kinds().into_iter().flat_map(available).collect(),
+        DeviceKind::Cpu => {
+            return vec![Available {
+                spec: DeviceSpec { kind, index: None },
+                name: format!("{} threads", rayon::current_num_threads()),
+                device: Device::flex(),
+            }];
+        }
+        #[cfg(feature = "cuda")]
+        DeviceKind::Cuda => Device::enumerate(burn::tensor::DeviceType::Cuda).into_vec(),
+        #[cfg(feature = "metal")]
+        DeviceKind::Metal => Device::enumerate(burn::tensor::DeviceType::Metal).into_vec(),
+        #[cfg(feature = "vulkan")]
+        DeviceKind::Vulkan => Device::enumerate(burn::tensor::DeviceType::Vulkan).into_vec(),
+        // `Device::webgpu` is the browser's; natively WGSL runs through the automatic choice.
+        #[cfg(feature = "webgpu")]
+        DeviceKind::WebGpu => Device::enumerate(burn::tensor::DeviceType::Wgpu).into_vec(),
+        #[allow(unreachable_patterns, reason = "reachable unless every feature is on")]
+        _ => Vec::new(),
+    };
+    let numbered = devices.into_iter().enumerate();
+    numbered
+        .map(|(i, device)| Available {
+            spec: DeviceSpec {
+                kind,
+                index: Some(i),
+            },
+            name: describe(&device),
+            device,
+        })
+        .collect()
+}
+
+/// What a GPU calls itself.
+fn describe(device: &Device) -> String {
+    #[cfg(any(
+        feature = "cuda",
+        feature = "metal",
+        feature = "vulkan",
+        feature = "webgpu"
+    ))]
+    if let Some(identity) = device.identity() {
+        return identity.name;
+    }
+    format!("{device:?}")
+}
+
+/// Opens a device; `auto` takes the first GPU there is, else the CPU.
+///
+/// # Errors
+/// The kind is not compiled in, or the machine has no such device.
+pub fn open(spec: DeviceSpec) -> Result<Available, DeviceError> {
+    if spec.kind == DeviceKind::Auto {
+        let mut gpus = available(DeviceKind::Auto).into_iter();
+        return Ok(match gpus.next() {
+            Some(gpu) => gpu,
+            None => available(DeviceKind::Cpu).remove(0),
+        });
+    }
+    if spec.kind != DeviceKind::Cpu && !gpu_kinds().contains(&spec.kind) {
+        return Err(DeviceError::NotBuilt(spec.kind));
+    }
+    let devices = available(spec.kind);
+    let index = spec.index.unwrap_or(0);
+    let found = match devices.len() {
+        0 => "the machine or its driver offers none".to_string(),
+        n => format!("there are {n}, counted from 0"),
+    };
+    let device = devices.into_iter().nth(index);
+    device.ok_or(DeviceError::NotFound { spec, found })
+}
+
+/// The values of a tensor.
+pub fn to_vec(tensor: Tensor<1>) -> Vec<f32> {
+    tensor.into_data().try_into_vec().expect("tensors are f32")
+}
+
+/// The value of a tensor with one element.
+pub fn scalar(tensor: Tensor<1>) -> f64 {
+    f64::from(to_vec(tensor)[0])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_read_and_written() {
+        for name in ["auto", "cpu", "vulkan", "metal:0", "webgpu:1", "cuda:7"] {
+            assert_eq!(name.parse::<DeviceSpec>().unwrap().to_string(), name);
+        }
+        for name in ["", "gpu", "cuda:", "cuda:x", "cuda:-1", "cpu:0", "auto:1"] {
+            assert!(name.parse::<DeviceSpec>().is_err(), "{name}");
+        }
+    }
+}

@@ -25,6 +25,7 @@ pub mod data;
 pub mod quant;
 
 pub mod device;
+pub mod random;
 pub mod kernels;
 pub mod nn;
 

@@ -1,9 +1,10 @@
 //! Low-rank deltas: which modules carry them, how PEFT stores them, how they merge.
 //!
-//! [`target`] decides which linear layers carry one, [`config`] is `adapter_config.json`, [`peft`]
-//! reads an adapter directory, [`merge`] adds a delta to a weight.
+//! [`target`] decides which linear layers carry one, [`inject`] puts them into a model, [`config`]
+//! is `adapter_config.json`, [`peft`] reads an adapter directory, [`merge`] adds a delta to a weight.
 
 pub mod config;
+pub mod inject;
 pub mod merge;
 pub mod peft;
 pub mod target;

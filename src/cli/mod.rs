@@ -1,1 +1,5 @@
 //! The commands; the only place that prints.
+
+pub mod args;
+pub mod init;
+pub mod schema;

@@ -1,1 +1,151 @@
-//! The tensor operations that matter.
+//! The tensor operations that matter, one file each: a plain burn *reference* that defines the
+//! arithmetic on every device, a fused CPU kernel, and its backward.
+//!
+//! A public function such as [`rms_norm`] takes the fused kernel where the device has one (the CPU)
+//! and the reference everywhere else. Both are tested against each other, forward and gradients.
+//! All of them store and compute in f32.
+
+pub mod attention;
+pub mod cross_entropy;
+mod backends;
+mod flex;
+pub mod lora_linear;
+pub mod rms_norm;
+pub mod rope;
+pub mod swiglu;
+
+use std::sync::Arc;
+
+use burn::backend::tensor::FloatTensor;
+use burn::backend::{Backend, DispatchDevice, backend_extension};
+use burn::tensor::Device;
+
+pub use attention::attention;
+pub use cross_entropy::linear_cross_entropy;
+pub use lora_linear::lora_linear;
+pub use rms_norm::rms_norm;
+pub use rope::rope;
+pub use swiglu::swiglu;
+
+/// Fused operations, routed to the backend of their tensors. Shapes stand in each kernel's file.
+#[backend_extension(Flex, Autodiff)]
+pub trait Kernels: Backend {
+    /// See [`rms_norm`].
+    fn fused_rms_norm(
+        x: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        eps: f32,
+    ) -> FloatTensor<Self>;
+
+    /// See [`rope`].
+    fn fused_rope(
+        x: FloatTensor<Self>,
+        cos: FloatTensor<Self>,
+        sin: FloatTensor<Self>,
+    ) -> FloatTensor<Self>;
+
+    /// See [`swiglu`].
+    fn fused_swiglu(gate: FloatTensor<Self>, up: FloatTensor<Self>) -> FloatTensor<Self>;
+
+    /// See [`attention`].
+    fn fused_attention(
+        q: FloatTensor<Self>,
+        k: FloatTensor<Self>,
+        v: FloatTensor<Self>,
+        heads: attention::Heads,
+    ) -> FloatTensor<Self>;
+
+    /// See [`lora_linear`].
+    fn fused_lora_linear(
+        x: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        lora_a: FloatTensor<Self>,
+        lora_b: FloatTensor<Self>,
+        scaling: f32,
+    ) -> FloatTensor<Self>;
+
+    /// See [`linear_cross_entropy`].
+    fn fused_cross_entropy(
+        hidden: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        targets: Arc<[i32]>,
+    ) -> FloatTensor<Self>;
+}
+
+/// What the backward passes of [`Kernels`] need from a plain (not autodiff) backend.
+pub trait KernelGradients: Kernels {
+    /// Gradients of x `[N, D]` and weight `[D]`.
+    fn rms_norm_backward(
+        x: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+        eps: f32,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>);
+
+    /// Rotation by the negative angle.
+    fn rope_backward(
+        grad: FloatTensor<Self>,
+        cos: FloatTensor<Self>,
+        sin: FloatTensor<Self>,
+    ) -> FloatTensor<Self>;
+
+    /// Gradients of gate and up.
+    fn swiglu_backward(
+        gate: FloatTensor<Self>,
+        up: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>);
+
+    /// Output and the log-sum-exp of each score row, `[B, H, T]`.
+    fn attention_forward(
+        q: FloatTensor<Self>,
+        k: FloatTensor<Self>,
+        v: FloatTensor<Self>,
+        heads: attention::Heads,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>);
+
+    /// Gradients of q, k and v.
+    fn attention_backward(
+        saved: attention::Saved<Self>,
+        grad: FloatTensor<Self>,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>);
+
+    /// Output `[N, out]` and `x Aᵀ` `[N, R]`.
+    fn lora_linear_forward(
+        x: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        lora_a: FloatTensor<Self>,
+        lora_b: FloatTensor<Self>,
+        scaling: f32,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>);
+
+    /// Gradients of x (when wanted), A and B.
+    fn lora_linear_backward(
+        saved: lora_linear::Saved<Self>,
+        grad: FloatTensor<Self>,
+        wants_x: bool,
+    ) -> (
+        Option<FloatTensor<Self>>,
+        FloatTensor<Self>,
+        FloatTensor<Self>,
+    );
+
+    /// Summed loss `[1]` and the gradients of hidden and weight (each when wanted).
+    fn cross_entropy_forward(
+        hidden: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        targets: &[i32],
+        wants: cross_entropy::Wants,
+    ) -> cross_entropy::LossAndGradients<Self>;
+}
+
+/// Whether tensors on `device` take the fused CPU kernels.
+pub fn is_cpu(device: &Device) -> bool {
+    matches!(
+        device.clone().inner().as_dispatch(),
+        DispatchDevice::Flex(_)
+    )
+}
+
+#[cfg(test)]
+mod tests;

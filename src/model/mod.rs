@@ -1,12 +1,18 @@
 //! A base model's configuration and weights become a causal language model.
 //!
 //! [`hub`] finds the files, [`config`] reads `config.json` or GGUF metadata, [`weights`] reads
-//! tensors, [`names`] holds every rename.
+//! tensors ([`gguf`] those of GGUF files), [`names`] holds every rename, [`causal_lm`] puts
+//! [`block`]s together.
 
+pub mod block;
+pub mod causal_lm;
 pub mod config;
 mod config_json;
 pub mod gguf;
 pub mod hub;
 pub mod names;
 mod shard;
+mod tensor_reader;
 pub mod weights;
+
+pub use causal_lm::{CausalLm, KvCache, Tokens};

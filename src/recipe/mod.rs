@@ -1,12 +1,20 @@
 //! A YAML recipe becomes a [`Plan`]: every knob declared once, checked once, resolved once.
 //!
 //! [`schema`] declares the knobs, [`load`] reads YAML and `--set` overrides, [`resolve`] turns them
-//! into a [`Plan`], [`faults`] reports everything that is wrong at once. This module imports no burn.
+//! into a [`Plan`], [`faults`] reports everything that is wrong at once. This module imports no burn,
+//! and serde_yaml stays inside it.
 
+mod check;
+mod conflict;
+mod document;
 pub mod faults;
+mod given;
+mod knobs;
 pub mod load;
 pub mod plan;
 pub mod resolve;
 pub mod schema;
+mod suggest;
+mod tree;
 
 pub use plan::*;

@@ -1,1 +1,18 @@
 //! Batches become losses, gradients, optimizer steps and run states.
+//!
+//! [`trainer`] holds the loop. One turn of it: [`step`] computes gradients over the micro-batches,
+//! [`schedule`] gives the learning rate, [`optimizer`] moves the weights, [`run_state`] saves all
+//! that is needed to go on. [`run_dir`] lays out what a run leaves behind; [`event`] is what it
+//! reports meanwhile.
+
+pub mod event;
+pub mod memory;
+pub mod optimizer;
+pub mod prepare;
+pub mod run_dir;
+pub mod run_state;
+pub mod schedule;
+pub mod step;
+pub mod trainer;
+
+pub use event::Event;

@@ -1,0 +1,79 @@
+//! The order of rows: a small random generator of our own, so that a seed means the same order in
+//! every version of lorafit and on every machine.
+//!
+//! Numbers come from SplitMix64 (Steele, Lea, Flood 2014, the generator of Java's
+//! `SplittableRandom`); bounded numbers from the high half of a 128-bit product with rejection
+//! (Lemire 2019), so that every order is equally likely.
+
+/// SplitMix64's increment, 2⁶⁴ / golden ratio.
+const GOLDEN_GAMMA: u64 = 0x9e37_79b9_7f4a_7c15;
+
+/// The stream that splits off validation rows; epochs count from 0 and never reach it.
+pub(super) const SPLIT_STREAM: u64 = u64::MAX;
+
+/// A random permutation of `0..count`, determined by seed and stream (the epoch).
+pub fn permutation(count: usize, seed: u64, stream: u64) -> Vec<usize> {
+    let mut random = SplitMix64(mix(seed) ^ mix(stream.wrapping_add(GOLDEN_GAMMA)));
+    let mut order: Vec<usize> = (0..count).collect();
+    for i in (1..count).rev() {
+        order.swap(i, random.below(i + 1));
+    }
+    order
+}
+
+struct SplitMix64(u64);
+
+impl SplitMix64 {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(GOLDEN_GAMMA);
+        mix(self.0)
+    }
+
+    /// A number in `0..bound`, `bound > 0`.
+    fn below(&mut self, bound: usize) -> usize {
+        let bound = bound as u64;
+        let rejected = bound.wrapping_neg() % bound;
+        loop {
+            let product = u128::from(self.next()) * u128::from(bound);
+            if product as u64 >= rejected {
+                return (product >> 64) as usize;
+            }
+        }
+    }
+}
+
+/// SplitMix64's finalizer, a bijection that scatters close numbers.
+fn mix(mut z: u64) -> u64 {
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn splitmix_gives_its_published_numbers() {
+        let mut random = SplitMix64(1_234_567);
+        assert_eq!(random.next(), 6_457_827_717_110_365_317);
+        assert_eq!(random.next(), 3_203_168_211_198_807_973);
+    }
+
+    #[test]
+    fn orders_never_change_between_versions() {
+        assert_eq!(permutation(8, 42, 0), ORDER_0);
+        assert_eq!(permutation(8, 42, 1), ORDER_1);
+        assert_eq!(permutation(0, 1, 1), []);
+    }
+
+    #[test]
+    fn every_order_is_about_as_likely() {
+        let mut counts = [0; 6];
+        for seed in 0..6000 {
+            let order = permutation(3, seed, 0);
+            counts[order[0] * 2 + usize::from(order[1] > order[2])] += 1;
+        }
+        assert!(counts.iter().all(|n| (850..1150).contains(n)), "{counts:?}");
+    }
+}

@@ -1,0 +1,168 @@
+//! Which backend runs which implementation: the CPU's kernels, and their tracked versions.
+
+use std::sync::Arc;
+
+use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
+use burn::backend::tensor::FloatTensor;
+use burn::backend::{Autodiff, Flex};
+use burn_flex::FlexTensor;
+
+use super::{
+    KernelGradients, Kernels, attention, cross_entropy, lora_linear, rms_norm, rope, swiglu,
+};
+
+impl Kernels for Flex {
+    fn fused_rms_norm(x: FlexTensor, weight: FlexTensor, eps: f32) -> FlexTensor {
+        rms_norm::forward(x, weight, eps)
+    }
+
+    fn fused_rope(x: FlexTensor, cos: FlexTensor, sin: FlexTensor) -> FlexTensor {
+        rope::rotate(x, cos, sin, 1.0)
+    }
+
+    fn fused_swiglu(gate: FlexTensor, up: FlexTensor) -> FlexTensor {
+        swiglu::forward(gate, up)
+    }
+
+    fn fused_attention(
+        q: FlexTensor,
+        k: FlexTensor,
+        v: FlexTensor,
+        heads: attention::Heads,
+    ) -> FlexTensor {
+        attention::forward(q, k, v, heads).0
+    }
+
+    fn fused_lora_linear(
+        x: FlexTensor,
+        weight: FlexTensor,
+        lora_a: FlexTensor,
+        lora_b: FlexTensor,
+        scaling: f32,
+    ) -> FlexTensor {
+        lora_linear::forward(x, weight, lora_a, lora_b, scaling).0
+    }
+
+    fn fused_cross_entropy(
+        hidden: FlexTensor,
+        weight: FlexTensor,
+        targets: Arc<[i32]>,
+    ) -> FlexTensor {
+        cross_entropy::loss_only(hidden, weight, &targets)
+    }
+}
+
+impl KernelGradients for Flex {
+    fn rms_norm_backward(
+        x: FlexTensor,
+        weight: FlexTensor,
+        grad: FlexTensor,
+        eps: f32,
+    ) -> (FlexTensor, FlexTensor) {
+        rms_norm::backward(x, weight, grad, eps)
+    }
+
+    fn rope_backward(grad: FlexTensor, cos: FlexTensor, sin: FlexTensor) -> FlexTensor {
+        rope::rotate(grad, cos, sin, -1.0)
+    }
+
+    fn swiglu_backward(
+        gate: FlexTensor,
+        up: FlexTensor,
+        grad: FlexTensor,
+    ) -> (FlexTensor, FlexTensor) {
+        swiglu::backward(gate, up, grad)
+    }
+
+    fn attention_forward(
+        q: FlexTensor,
+        k: FlexTensor,
+        v: FlexTensor,
+        heads: attention::Heads,
+    ) -> (FlexTensor, FlexTensor) {
+        attention::forward(q, k, v, heads)
+    }
+
+    fn attention_backward(
+        saved: attention::Saved<Self>,
+        grad: FlexTensor,
+    ) -> (FlexTensor, FlexTensor, FlexTensor) {
+        attention::backward(saved, grad)
+    }
+
+    fn lora_linear_forward(
+        x: FlexTensor,
+        weight: FlexTensor,
+        lora_a: FlexTensor,
+        lora_b: FlexTensor,
+        scaling: f32,
+    ) -> (FlexTensor, FlexTensor) {
+        lora_linear::forward(x, weight, lora_a, lora_b, scaling)
+    }
+
+    fn lora_linear_backward(
+        saved: lora_linear::Saved<Self>,
+        grad: FlexTensor,
+        wants_x: bool,
+    ) -> (Option<FlexTensor>, FlexTensor, FlexTensor) {
+        lora_linear::backward(saved, grad, wants_x)
+    }
+
+    fn cross_entropy_forward(
+        hidden: FlexTensor,
+        weight: FlexTensor,
+        targets: &[i32],
+        wants: cross_entropy::Wants,
+    ) -> cross_entropy::LossAndGradients<Self> {
+        cross_entropy::forward(hidden, weight, targets, wants)
+    }
+}
+
+impl<B: KernelGradients, C: CheckpointStrategy> Kernels for Autodiff<B, C> {
+    fn fused_rms_norm(
+        x: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        eps: f32,
+    ) -> FloatTensor<Self> {
+        rms_norm::tracked::<B, C>(x, weight, eps)
+    }
+
+    fn fused_rope(
+        x: FloatTensor<Self>,
+        cos: FloatTensor<Self>,
+        sin: FloatTensor<Self>,
+    ) -> FloatTensor<Self> {
+        rope::tracked::<B, C>(x, cos, sin)
+    }
+
+    fn fused_swiglu(gate: FloatTensor<Self>, up: FloatTensor<Self>) -> FloatTensor<Self> {
+        swiglu::tracked::<B, C>(gate, up)
+    }
+
+    fn fused_attention(
+        q: FloatTensor<Self>,
+        k: FloatTensor<Self>,
+        v: FloatTensor<Self>,
+        heads: attention::Heads,
+    ) -> FloatTensor<Self> {
+        attention::tracked::<B, C>(q, k, v, heads)
+    }
+
+    fn fused_lora_linear(
+        x: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        lora_a: FloatTensor<Self>,
+        lora_b: FloatTensor<Self>,
+        scaling: f32,
+    ) -> FloatTensor<Self> {
+        lora_linear::tracked::<B, C>(x, weight, lora_a, lora_b, scaling)
+    }
+
+    fn fused_cross_entropy(
+        hidden: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        targets: Arc<[i32]>,
+    ) -> FloatTensor<Self> {
+        cross_entropy::tracked::<B, C>(hidden, weight, targets)
+    }
+}

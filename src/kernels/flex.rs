@@ -1,0 +1,201 @@
+//! Access to the CPU backend's storage: slices in, tensors out, matrix products in between.
+
+use burn::tensor::TensorData;
+use burn_flex::FlexTensor;
+
+/// A contiguous f32 tensor; copies only what is a strided view.
+pub(super) fn contiguous(tensor: FlexTensor) -> FlexTensor {
+    if tensor.is_contiguous() {
+        tensor
+    } else {
+        tensor.to_contiguous()
+    }
+}
+
+/// The elements of a tensor from [`contiguous`].
+pub(super) fn elements(tensor: &FlexTensor) -> &[f32] {
+    let layout = tensor.layout();
+    let start = layout.start_offset();
+    &tensor.storage::<f32>()[start..start + layout.num_elements()]
+}
+
+/// A new tensor that owns `values`.
+pub(super) fn tensor<const D: usize>(values: Vec<f32>, shape: [usize; D]) -> FlexTensor {
+    FlexTensor::from_data(TensorData::new(values, shape))
+}
+
+/// A matrix view: element (i, j) is `data[i * row_stride + j * col_stride]`.
+#[derive(Clone, Copy)]
+pub(super) struct Matrix<'a> {
+    data: &'a [f32],
+    rows: usize,
+    cols: usize,
+    row_stride: usize,
+    col_stride: usize,
+}
+
+impl<'a> Matrix<'a> {
+    /// A row-major matrix.
+    pub(super) fn new(data: &'a [f32], rows: usize, cols: usize) -> Self {
+        Self::strided(data, rows, cols, cols)
+    }
+
+    /// A matrix whose rows lie `row_stride` elements apart.
+    pub(super) fn strided(data: &'a [f32], rows: usize, cols: usize, row_stride: usize) -> Self {
+        assert!(rows == 0 || cols == 0 || (rows - 1) * row_stride + cols <= data.len());
+        Self {
+            data,
+            rows,
+            cols,
+            row_stride,
+            col_stride: 1,
+        }
+    }
+
+    /// The transposed view.
+    pub(super) fn t(self) -> Self {
+        Self {
+            data: self.data,
+            rows: self.cols,
+            cols: self.rows,
+            row_stride: self.col_stride,
+            col_stride: self.row_stride,
+        }
+    }
+}
+
+/// How a product lands in its destination.
+#[derive(Clone, Copy, PartialEq)]
+pub(super) enum Store {
+    /// `dst = factor · lhs rhs`
+    Set,
+    /// `dst += factor · lhs rhs`
+    Add,
+}
+
+/// `dst [m, n]` takes or gains `factor · lhs [m, k] rhs [k, n]`; rows of `dst` lie `dst_stride` apart.
+pub(super) fn matmul(
+    dst: &mut [f32],
+    dst_stride: usize,
+    store: Store,
+    factor: f32,
+    (lhs, rhs): (Matrix, Matrix),
+    threads: gemm::Parallelism,
+) {
+    let (m, n, k) = (lhs.rows, rhs.cols, lhs.cols);
+    assert_eq!(k, rhs.rows);
+    assert!(m == 0 || n == 0 || (m - 1) * dst_stride + n <= dst.len());
+    // SAFETY: both matrices were checked against their slices when made, `dst` just above.
+    unsafe { matmul_raw(dst.as_mut_ptr(), dst_stride, store, factor, (lhs, rhs), threads) }
+}
+
+/// [`matmul`] into memory that other threads write elsewhere.
+///
+/// # Safety
+/// `dst` must be valid for `m` rows of `n` elements, `dst_stride` apart, and nothing else may
+/// touch those elements meanwhile.
+pub(super) unsafe fn matmul_raw(
+    dst: *mut f32,
+    dst_stride: usize,
+    store: Store,
+    factor: f32,
+    (lhs, rhs): (Matrix, Matrix),
+    threads: gemm::Parallelism,
+) {
+    if lhs.rows == 0 || rhs.cols == 0 {
+        return;
+    }
+    // SAFETY: by this function's contract and the checks of `Matrix`.
+    unsafe {
+        gemm::gemm(
+            lhs.rows,
+            rhs.cols,
+            lhs.cols,
+            dst,
+            1,
+            dst_stride as isize,
+            store == Store::Add,
+            lhs.data.as_ptr(),
+            lhs.col_stride as isize,
+            lhs.row_stride as isize,
+            rhs.data.as_ptr(),
+            rhs.col_stride as isize,
+            rhs.row_stride as isize,
+            1.0,
+            factor,
+            false,
+            false,
+            false,
+            threads,
+        )
+    }
+}
+
+/// All threads of the machine, for products too large for one.
+pub(super) const ALL_THREADS: gemm::Parallelism = gemm::Parallelism::Rayon(0);
+
+/// A pointer that threads share, each writing elements of its own.
+#[derive(Clone, Copy)]
+pub(super) struct Shared(*mut f32);
+
+// SAFETY: whoever derefs it promises disjoint elements (see `Shared::at`).
+unsafe impl Send for Shared {}
+// SAFETY: as above.
+unsafe impl Sync for Shared {}
+
+impl Shared {
+    pub(super) fn new(values: &mut [f32]) -> Self {
+        Self(values.as_mut_ptr())
+    }
+
+    /// # Safety
+    /// `offset` must lie inside the slice, and no two threads may use the same elements.
+    pub(super) unsafe fn at(self, offset: usize) -> *mut f32 {
+        // SAFETY: by contract.
+        unsafe { self.0.add(offset) }
+    }
+}
+
+/// Rows that one task takes: enough work to pay for the task, few enough to fill the threads.
+pub(super) fn rows_per_task(rows: usize, width: usize) -> usize {
+    let by_work = (16 * 1024 / width.max(1)).max(1);
+    let by_threads = rows.div_ceil(rayon::current_num_threads() * 4).max(1);
+    by_work.min(by_threads.max(8))
+}
+
+/// `eˣ` to about 2 ulp, branch-free so that loops over it become vector code; 0 below -87.3.
+#[inline(always)]
+pub(super) fn exp(x: f32) -> f32 {
+    // Cephes' expf: eˣ = 2ⁿ eʳ with |r| ≤ ln 2 / 2 and a polynomial for eʳ.
+    let clamped = x.clamp(-87.3, 88.0);
+    let n = (clamped * std::f32::consts::LOG2_E).round_ties_even();
+    let r = n.mul_add(-0.693_359_375, clamped);
+    let r = n.mul_add(2.121_944_4e-4, r);
+    let mut p = 1.987_569_2e-4_f32;
+    p = p.mul_add(r, 1.398_199_9e-3);
+    p = p.mul_add(r, 8.333_452e-3);
+    p = p.mul_add(r, 4.166_579_6e-2);
+    p = p.mul_add(r, 0.166_666_65);
+    p = p.mul_add(r, 0.5);
+    let e = (p * r).mul_add(r, r) + 1.0;
+    let power = f32::from_bits(((n as i32 + 127) << 23) as u32);
+    if x < -87.3 { 0.0 } else { e * power }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exp_is_close_to_libm() {
+        for i in -8800..=880 {
+            let x = i as f32 / 100.0 + 0.003;
+            let (got, want) = (exp(x) as f64, (x as f64).exp());
+            if x > -87.3 {
+                assert!((got - want).abs() <= 3e-7 * want, "exp({x}): {got} {want}");
+            }
+        }
+        assert_eq!(exp(f32::NEG_INFINITY), 0.0);
+        assert!(exp(f32::NAN).is_nan());
+    }
+}

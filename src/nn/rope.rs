@@ -1,0 +1,175 @@
+//! Rotary frequencies and their stretching for long contexts, as in transformers'
+//! `modeling_rope_utils.py`.
+
+use std::f64::consts::{PI, TAU};
+
+use burn::tensor::{Device, Tensor, TensorData};
+
+use crate::model::config::{RopeConfig, RopeScaling};
+
+/// Frequencies of a model's rotary embedding.
+#[derive(Debug, Clone)]
+pub struct Rope {
+    config: RopeConfig,
+    head_dim: usize,
+}
+
+/// Frequencies for one length, and the factor of cos and sin.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Frequencies {
+    /// Radians per position, `[Dh / 2]`.
+    pub inverse: Vec<f64>,
+    /// Factor of cos and sin ("attention factor").
+    pub attention_factor: f64,
+}
+
+impl Rope {
+    /// For heads of width `head_dim`, an even number.
+    pub fn new(config: RopeConfig, head_dim: usize) -> Self {
+        Self { config, head_dim }
+    }
+
+    /// cos and sin of each row's position, `[N, Dh / 2]` each.
+    ///
+    /// Dynamic scaling depends on the largest position of the whole batch, as in transformers.
+    pub fn tables(&self, positions: &[usize], device: &Device) -> (Tensor<2>, Tensor<2>) {
+        let length = positions.iter().max().map_or(0, |p| p + 1);
+        let frequencies = self.frequencies(length);
+        let half = self.head_dim / 2;
+        let table = |f: fn(f64) -> f64| {
+            let mut values = Vec::with_capacity(positions.len() * half);
+            for &position in positions {
+                for inverse in &frequencies.inverse {
+                    // The angle is rounded to f32 first, as transformers computes it in f32.
+                    let angle = position as f32 * *inverse as f32;
+                    let value = f(f64::from(angle)) as f32;
+                    values.push(value * frequencies.attention_factor as f32);
+                }
+            }
+            Tensor::from_data(TensorData::new(values, [positions.len(), half]), device)
+        };
+        (table(f64::cos), table(f64::sin))
+    }
+
+    /// The frequencies for sequences of `length` tokens.
+    pub fn frequencies(&self, length: usize) -> Frequencies {
+        let dim = self.head_dim;
+        let plain = plain_frequencies(self.config.theta, dim);
+        let unscaled = |inverse| Frequencies {
+            inverse,
+            attention_factor: 1.0,
+        };
+        match &self.config.scaling {
+            RopeScaling::Default => unscaled(plain),
+            RopeScaling::Linear { factor } => unscaled(plain.iter().map(|f| f / factor).collect()),
+            RopeScaling::Factors(factors) => unscaled(
+                plain
+                    .iter()
+                    .zip(factors)
+                    .map(|(f, factor)| f / f64::from(*factor))
+                    .collect(),
+            ),
+            RopeScaling::Dynamic {
+                factor,
+                original_max_position_embeddings: original,
+            } => {
+                let length = length.max(*original) as f64;
+                let stretch = factor * length / *original as f64 - (factor - 1.0);
+                let exponent = dim as f64 / (dim as f64 - 2.0);
+                let theta = self.config.theta * stretch.powf(exponent);
+                unscaled(plain_frequencies(theta, dim))
+            }
+            RopeScaling::Llama3 { .. } => unscaled(llama3(&self.config.scaling, plain)),
+            RopeScaling::Yarn { .. } => yarn(&self.config, dim, plain),
+        }
+    }
+}
+
+/// `θ^(-2i / Dh)` for i in `0 .. Dh / 2`.
+fn plain_frequencies(theta: f64, dim: usize) -> Vec<f64> {
+    (0..dim / 2)
+        .map(|i| theta.powf(-(2.0 * i as f64) / dim as f64))
+        .collect()
+}
+
+/// Llama 3.1: long wavelengths are stretched, short ones kept, those between blended.
+fn llama3(scaling: &RopeScaling, plain: Vec<f64>) -> Vec<f64> {
+    let &RopeScaling::Llama3 {
+        factor,
+        low_freq_factor: low,
+        high_freq_factor: high,
+        original_max_position_embeddings: original,
+    } = scaling
+    else {
+        return plain;
+    };
+    plain
+        .into_iter()
+        .map(|f| {
+            let turns = original as f64 * f / TAU;
+            if turns < low {
+                f / factor
+            } else if turns > high {
+                f
+            } else {
+                let smooth = (turns - low) / (high - low);
+                (1.0 - smooth) * f / factor + smooth * f
+            }
+        })
+        .collect()
+}
+
+/// YaRN (arXiv 2309.00071): interpolates low frequencies, keeps high ones, with a linear ramp.
+fn yarn(config: &RopeConfig, dim: usize, plain: Vec<f64>) -> Frequencies {
+    let &RopeScaling::Yarn {
+        factor,
+        original_max_position_embeddings: original,
+        attention_factor,
+        beta_fast,
+        beta_slow,
+        mscale,
+        mscale_all_dim,
+        truncate,
+    } = &config.scaling
+    else {
+        return Frequencies {
+            inverse: plain,
+            attention_factor: 1.0,
+        };
+    };
+    let scale_of = |mscale: f64| {
+        if factor <= 1.0 {
+            1.0
+        } else {
+            0.1 * mscale * factor.ln() + 1.0
+        }
+    };
+    let attention_factor = attention_factor.unwrap_or(match (mscale, mscale_all_dim) {
+        (Some(m), Some(all)) if m != 0.0 && all != 0.0 => scale_of(m) / scale_of(all),
+        _ => scale_of(1.0),
+    });
+    // The dimension whose frequency makes `turns` rotations over the original context.
+    let dimension = |turns: f64| {
+        dim as f64 * (original as f64 / (turns * 2.0 * PI)).ln() / (2.0 * config.theta.ln())
+    };
+    let (mut low, mut high) = (dimension(beta_fast), dimension(beta_slow));
+    if truncate {
+        (low, high) = (low.floor(), high.ceil());
+    }
+    let (low, mut high) = (low.max(0.0), high.min(dim as f64 - 1.0));
+    if low == high {
+        high += 0.001; // transformers' guard against a ramp of width 0
+    }
+    let inverse = plain
+        .into_iter()
+        .enumerate()
+        .map(|(i, f)| {
+            let ramp = ((i as f64 - low) / (high - low)).clamp(0.0, 1.0);
+            f / factor * ramp + f * (1.0 - ramp)
+        })
+        .collect();
+    Frequencies {
+        inverse,
+        attention_factor,
+    }
+}

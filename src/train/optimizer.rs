@@ -1,0 +1,97 @@
+//! AdamW with decoupled weight decay (arXiv 1711.05101), torch's order of operations.
+
+use std::collections::BTreeMap;
+
+use burn::tensor::Tensor;
+
+use super::step::Gradients;
+use crate::model::CausalLm;
+use crate::recipe::TrainPlan;
+
+/// AdamW's constants.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct AdamWConfig {
+    /// Decay of the mean of gradients.
+    pub beta1: f64,
+    /// Decay of the mean of squared gradients.
+    pub beta2: f64,
+    /// Added to the root of the second moment.
+    pub eps: f64,
+    /// Share of a weight that the learning rate takes away in each step.
+    pub weight_decay: f64,
+}
+
+impl From<&TrainPlan> for AdamWConfig {
+    fn from(plan: &TrainPlan) -> Self {
+        Self {
+            beta1: plan.adam_beta1,
+            beta2: plan.adam_beta2,
+            eps: plan.adam_eps,
+            weight_decay: plan.weight_decay,
+        }
+    }
+}
+
+/// AdamW over the trainable tensors of a model, by name.
+#[derive(Debug, Clone)]
+pub struct AdamW {
+    config: AdamWConfig,
+    /// Steps taken so far.
+    pub steps: usize,
+    /// First and second moments of each tensor, flat, in f32.
+    pub moments: BTreeMap<String, Moments>,
+}
+
+/// The moments of one tensor.
+#[derive(Debug, Clone)]
+pub struct Moments {
+    /// Mean of gradients.
+    pub first: Tensor<1>,
+    /// Mean of squared gradients.
+    pub second: Tensor<1>,
+}
+
+impl AdamW {
+    /// Before the first step.
+    pub fn new(config: AdamWConfig) -> Self {
+        Self {
+            config,
+            steps: 0,
+            moments: BTreeMap::new(),
+        }
+    }
+
+    /// Moves every trainable tensor that has a gradient. Biases and norms, which have one
+    /// dimension, do not decay (as in Hugging Face's Trainer).
+    pub fn step(&mut self, model: &mut CausalLm, mut gradients: Gradients, learning_rate: f64) {
+        self.steps += 1;
+        let AdamWConfig {
+            beta1,
+            beta2,
+            eps,
+            weight_decay,
+        } = self.config;
+        let correction1 = 1.0 - beta1.powi(self.steps as i32);
+        let correction2 = 1.0 - beta2.powi(self.steps as i32);
+        let moments = &mut self.moments;
+        model.visit_trainable(&mut |name, mut parameter| {
+            let Some(gradient) = gradients.remove(name) else {
+                return;
+            };
+            let (first, second) = match moments.remove(name) {
+                Some(Moments { first, second }) => (first, second),
+                None => (gradient.zeros_like(), gradient.zeros_like()),
+            };
+            let first = first * beta1 + gradient.clone() * (1.0 - beta1);
+            let second = second * beta2 + gradient.square() * (1.0 - beta2);
+            let mut values = parameter.flat();
+            if weight_decay != 0.0 && parameter.shape().len() > 1 {
+                values = values * (1.0 - learning_rate * weight_decay);
+            }
+            let scale = second.clone().sqrt() / correction2.sqrt() + eps;
+            let update = first.clone() / scale * (learning_rate / correction1);
+            parameter.set_flat(values - update);
+            moments.insert(name.to_string(), Moments { first, second });
+        });
+    }
+}
