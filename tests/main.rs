@@ -4,6 +4,7 @@ mod data;
 mod export;
 mod gguf;
 mod hub;
+mod merge;
 mod peft;
 mod recipe;
 mod weights;

@@ -1,1 +1,459 @@
-//! Placeholder of export/merged.
+//! Merging: base and adapter become one model directory, tensor by tensor.
+//!
+//! No more than the largest tensor is in memory at once: in f32, and once more as it is written.
+//! The directory appears whole, after [`PreparedMerge::publish`], so that a merge which fails
+//! verification leaves nothing behind.
+
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use safetensors::Dtype as Stored;
+use serde_json::Value;
+
+use super::model::{SaveDtype, Written, with_dtype, write_json, write_weights};
+use super::safetensors::TensorInfo;
+use super::sidecar::{copy_notices, copy_tokenizer, has_tokenizer};
+use super::write::{PartialDir, WriteError, is_taken};
+use crate::adapter::merge::{DeltaSize, merge_into};
+use crate::adapter::peft::{AdapterConfig, LoraPair, PeftError, fit, read_adapter};
+use crate::data::tokenize::ChatTokenizer;
+use crate::model::config::{ConfigError, ModelConfig};
+use crate::model::names;
+use crate::model::weights::{Dtype, Weights, WeightsError, check};
+
+/// Why a merge failed.
+#[derive(Debug, thiserror::Error)]
+pub enum MergeError {
+    /// The base's weights.
+    #[error(transparent)]
+    Weights(#[from] WeightsError),
+    /// The base's configuration.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// The adapter.
+    #[error(transparent)]
+    Peft(#[from] PeftError),
+    /// The result cannot be written.
+    #[error(transparent)]
+    Write(#[from] WriteError),
+    /// The tokenizer of a GGUF base.
+    #[error("cannot write the tokenizer of {}: {source}", base.display())]
+    Tokenizer {
+        /// The base.
+        base: PathBuf,
+        /// What is wrong.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// The output directory holds something.
+    #[error("{}: not empty; a merge never overwrites: choose another --out or remove it", out.display())]
+    Taken {
+        /// The output directory.
+        out: PathBuf,
+    },
+    /// The output directory is one of the inputs or lies in one.
+    #[error("{}: lies in the {what} {}; choose an --out outside of it", out.display(), input.display())]
+    Inside {
+        /// The output directory.
+        out: PathBuf,
+        /// "base" or "adapter".
+        what: &'static str,
+        /// Its directory.
+        input: PathBuf,
+    },
+    /// The adapter changes nothing.
+    #[error("the merge of {} equals the base: {cause}", adapter.display())]
+    EqualsBase {
+        /// The adapter.
+        adapter: PathBuf,
+        /// Why, and what to do.
+        cause: &'static str,
+    },
+    /// A delta holds infinities or is not a number.
+    #[error("{}: the delta of {module} is not finite; train again with a lower learning rate", adapter.display())]
+    NotFinite {
+        /// The adapter.
+        adapter: PathBuf,
+        /// The module.
+        module: String,
+    },
+    /// A tensor of a type that cannot be converted.
+    #[error(
+        "{name} is stored as {dtype}, which cannot be merged or converted; expected F32, F16 or BF16"
+    )]
+    Dtype {
+        /// The tensor.
+        name: String,
+        /// Its type.
+        dtype: Dtype,
+    },
+}
+
+/// What to merge, and where to.
+#[derive(Debug, Clone, Copy)]
+pub struct MergeJob<'a> {
+    /// The base model: a directory, a safetensors file or a GGUF file.
+    pub base: &'a Path,
+    /// A PEFT adapter directory.
+    pub adapter: &'a Path,
+    /// The new model directory; must not exist or be empty.
+    pub out: &'a Path,
+    /// Type of all weights; each keeps its own when `None` (bf16 for a GGUF base).
+    pub dtype: Option<SaveDtype>,
+    /// Largest size of a weight file in bytes.
+    pub shard_size: u64,
+}
+
+/// How far a merge is.
+#[derive(Debug, Clone, Copy)]
+pub struct MergeProgress<'a> {
+    /// The tensor that is next.
+    pub tensor: &'a str,
+    /// Bytes written.
+    pub done: u64,
+    /// Bytes to write.
+    pub total: u64,
+}
+
+/// What a merge did.
+#[derive(Debug, Clone, PartialEq)]
+pub struct MergeReport {
+    /// Tensors, bytes and files.
+    pub written: Written,
+    /// The merged modules with scaling and Frobenius norm of what was added.
+    pub modules: Vec<MergedModule>,
+    /// Largest absolute element that was added.
+    pub max_abs_delta: f32,
+    /// Frobenius norm of all that was added.
+    pub delta_norm: f64,
+    /// Modules whose delta was lost in rounding to the type that was written.
+    pub unchanged: Vec<String>,
+    /// Where the tokenizer comes from: the adapter if it has one, else the base; `None` when
+    /// neither has.
+    pub tokenizer_from: Option<PathBuf>,
+}
+
+/// One merged module.
+#[derive(Debug, Clone, PartialEq)]
+pub struct MergedModule {
+    /// Module path.
+    pub module: String,
+    /// What `B·A` was multiplied by.
+    pub scaling: f64,
+    /// Frobenius norm of the delta.
+    pub delta_norm: f64,
+}
+
+/// A merged model that is complete but not yet in its place.
+#[derive(Debug)]
+pub struct PreparedMerge {
+    dir: PartialDir,
+    report: MergeReport,
+}
+
+impl PreparedMerge {
+    /// Where the model is now: read it back from here.
+    pub fn path(&self) -> &Path {
+        self.dir.path()
+    }
+
+    /// What was done.
+    pub fn report(&self) -> &MergeReport {
+        &self.report
+    }
+
+    /// Puts the model in its place. Dropped instead, it is removed.
+    ///
+    /// # Errors
+    /// When something came to be there meanwhile, or the system refuses.
+    pub fn publish(self) -> Result<MergeReport, MergeError> {
+        self.dir.publish()?;
+        Ok(self.report)
+    }
+}
+
+/// Merges and publishes in one go, without verification.
+///
+/// # Errors
+/// As [`prepare`] and [`PreparedMerge::publish`].
+pub fn merge(
+    job: &MergeJob,
+    progress: &mut dyn FnMut(MergeProgress),
+) -> Result<MergeReport, MergeError> {
+    prepare(job, progress)?.publish()
+}
+
+/// Merges into a temporary directory beside `job.out`.
+///
+/// The delta is computed and added in f32, and rounded once.
+///
+/// # Errors
+/// [`MergeError`]; nothing is left behind then.
+pub fn prepare(
+    job: &MergeJob,
+    progress: &mut dyn FnMut(MergeProgress),
+) -> Result<PreparedMerge, MergeError> {
+    check_places(job)?;
+    let weights = Weights::open(job.base)?;
+    let config = weights.config()?;
+    check(&weights, &config)?;
+    let (adapter, pairs) = read_adapter(job.adapter)?;
+    let mut merger = Merger::new(job, &weights, &config, &adapter, pairs)?;
+    let dir = PartialDir::create(job.out)?;
+    let tokenizer_from = write_sidecars(job, &weights, &config, dir.path())?;
+    let tensors = merger.tensors()?;
+    let total = tensors.iter().filter_map(TensorInfo::bytes).sum::<usize>() as u64;
+    let mut done = 0;
+    let written = write_weights(dir.path(), tensors, job.shard_size, |info| {
+        progress(MergeProgress {
+            tensor: &info.name,
+            done,
+            total,
+        });
+        let bytes = merger.read(info)?;
+        done += bytes.len() as u64;
+        Ok::<_, MergeError>(bytes)
+    })?;
+    let report = merger.report(written, tokenizer_from)?;
+    Ok(PreparedMerge { dir, report })
+}
+
+/// Refuses an output that is taken or lies in an input.
+fn check_places(job: &MergeJob) -> Result<(), MergeError> {
+    let out = real(job.out);
+    for (what, input) in [("base", job.base), ("adapter", job.adapter)] {
+        let real = real(input);
+        if out.starts_with(&real) {
+            return Err(MergeError::Inside {
+                out: job.out.into(),
+                what,
+                input: input.into(),
+            });
+        }
+    }
+    if is_taken(job.out) {
+        return Err(MergeError::Taken {
+            out: job.out.into(),
+        });
+    }
+    Ok(())
+}
+
+/// The path with links resolved as far as it exists.
+fn real(path: &Path) -> PathBuf {
+    let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+    let existing = path
+        .ancestors()
+        .find_map(|above| Some((above, above.canonicalize().ok()?)));
+    match existing {
+        Some((above, real)) => match path.strip_prefix(above) {
+            Ok(rest) if !rest.as_os_str().is_empty() => real.join(rest),
+            _ => real,
+        },
+        None => path,
+    }
+}
+
+/// Writes `config.json`, the tokenizer and the notices; returns where the tokenizer came from.
+fn write_sidecars(
+    job: &MergeJob,
+    weights: &Weights,
+    config: &ModelConfig,
+    to: &Path,
+) -> Result<Option<PathBuf>, MergeError> {
+    let from_gguf = weights.gguf().is_some();
+    let base_dir = match job.base.parent() {
+        Some(parent) if job.base.is_file() => parent,
+        _ => job.base,
+    };
+    let config_json = if from_gguf {
+        config.to_hf_json(job.dtype.unwrap_or(SaveDtype::Bf16).torch_name(), job.base)?
+    } else {
+        copy_notices(base_dir, to)?;
+        base_config(base_dir, job.dtype)?
+    };
+    write_json(&to.join("config.json"), &config_json)?;
+    // An adapter's own tokenizer carries the chat template that it was trained with.
+    if has_tokenizer(job.adapter) {
+        copy_tokenizer(job.adapter, to)?;
+        Ok(Some(job.adapter.to_owned()))
+    } else if from_gguf {
+        let wrap = |source| MergeError::Tokenizer {
+            base: job.base.to_owned(),
+            source,
+        };
+        let tokenizer = ChatTokenizer::open(job.base, None).map_err(|e| wrap(e.into()))?;
+        tokenizer.save(to).map_err(|e| wrap(e.into()))?;
+        Ok(Some(job.base.to_owned()))
+    } else {
+        let copied = copy_tokenizer(base_dir, to)?;
+        Ok((!copied.is_empty()).then(|| base_dir.to_owned()))
+    }
+}
+
+/// The base's `config.json` as it is, apart from the type.
+fn base_config(dir: &Path, dtype: Option<SaveDtype>) -> Result<Value, MergeError> {
+    let path = dir.join("config.json");
+    let text = std::fs::read_to_string(&path).map_err(|e| WriteError::io("read", &path, e))?;
+    let config: Value = serde_json::from_str(&text)
+        .map_err(|e| WriteError::io("read", &path, std::io::Error::from(e)))?;
+    Ok(match dtype {
+        Some(dtype) => with_dtype(&config, dtype),
+        None => config,
+    })
+}
+
+/// Reads the base's tensors and adds the deltas.
+struct Merger<'a> {
+    job: &'a MergeJob<'a>,
+    weights: &'a Weights,
+    /// By tensor name: module path, factors, scaling.
+    deltas: BTreeMap<String, (String, LoraPair, f64)>,
+    modules: Vec<MergedModule>,
+    unchanged: Vec<String>,
+    total: DeltaSize,
+}
+
+impl<'a> Merger<'a> {
+    fn new(
+        job: &'a MergeJob<'a>,
+        weights: &'a Weights,
+        config: &ModelConfig,
+        adapter: &AdapterConfig,
+        mut pairs: BTreeMap<String, LoraPair>,
+    ) -> Result<Self, MergeError> {
+        let linears: Vec<(String, [usize; 2])> = (names::linears(config).into_iter())
+            .map(|linear| (linear.path, [linear.out_features, linear.in_features]))
+            .collect();
+        let fitted = fit(job.adapter, adapter, &pairs, &linears)?;
+        let adds =
+            |pair: &LoraPair| pair.a.iter().any(|x| *x != 0.0) && pair.b.iter().any(|x| *x != 0.0);
+        // Before anything is written, for this is the common case: an adapter never trained.
+        if !fitted
+            .iter()
+            .any(|m| m.scaling != 0.0 && pairs.get(&m.module).is_some_and(adds))
+        {
+            let cause =
+                "all its deltas are zero (B is zero until the first training step); train it first";
+            return Err(MergeError::EqualsBase {
+                adapter: job.adapter.into(),
+                cause,
+            });
+        }
+        let deltas = (fitted.into_iter())
+            .filter_map(|m| {
+                let pair = pairs.remove(&m.module)?;
+                Some((format!("{}.weight", m.module), (m.module, pair, m.scaling)))
+            })
+            .collect();
+        let (modules, unchanged) = (Vec::new(), Vec::new());
+        Ok(Self {
+            job,
+            weights,
+            deltas,
+            modules,
+            unchanged,
+            total: DeltaSize::default(),
+        })
+    }
+
+    /// The tensors to write, in the base's order.
+    fn tensors(&self) -> Result<Vec<TensorInfo>, MergeError> {
+        (self.weights.names())
+            .map(|name| {
+                Ok(TensorInfo {
+                    name: name.to_owned(),
+                    dtype: self.target(name)?,
+                    shape: self.weights.shape(name).unwrap_or_default().to_vec(),
+                })
+            })
+            .collect()
+    }
+
+    /// The type a tensor is written in. Integers and the like keep theirs, whatever is asked for.
+    fn target(&self, name: &str) -> Result<Stored, MergeError> {
+        let dtype = self.weights.dtype(name).unwrap_or(Dtype::F32);
+        let asked = self.job.dtype.map(SaveDtype::stored);
+        match (dtype, stored(dtype)) {
+            (Dtype::Other(_), Some(stored)) => Ok(stored),
+            (Dtype::Other(_), None) => Err(MergeError::Dtype {
+                name: name.to_owned(),
+                dtype,
+            }),
+            (_, Some(stored)) if self.weights.gguf().is_none() => Ok(asked.unwrap_or(stored)),
+            _ => Ok(asked.unwrap_or(Stored::BF16)),
+        }
+    }
+
+    /// A tensor's bytes as they are to be written.
+    fn read(&mut self, info: &TensorInfo) -> Result<Cow<'a, [u8]>, MergeError> {
+        let name = &info.name;
+        let same = self.weights.dtype(name).and_then(stored) == Some(info.dtype);
+        let raw = self.weights.raw(name)?.filter(|_| same);
+        let delta = self.deltas.remove(name);
+        if let (Some(raw), None) = (raw, &delta) {
+            return Ok(Cow::Borrowed(raw));
+        }
+        let dtype = SaveDtype::from_stored(info.dtype).ok_or_else(|| MergeError::Dtype {
+            name: name.clone(),
+            dtype: self.weights.dtype(name).unwrap_or(Dtype::F32),
+        })?;
+        let mut values = self.weights.read_f32(name)?;
+        let Some((module, pair, scaling)) = delta else {
+            return Ok(Cow::Owned(dtype.encode(&values).into_owned()));
+        };
+        let size = merge_into(&mut values, &pair, scaling);
+        if !size.is_finite() {
+            return Err(MergeError::NotFinite {
+                adapter: self.job.adapter.into(),
+                module,
+            });
+        }
+        let bytes = dtype.encode(&values).into_owned();
+        if raw == Some(&bytes[..]) {
+            self.unchanged.push(module.clone());
+        }
+        self.total = self.total.and(size);
+        let delta_norm = size.sum_of_squares.sqrt();
+        self.modules.push(MergedModule {
+            module,
+            scaling,
+            delta_norm,
+        });
+        Ok(Cow::Owned(bytes))
+    }
+
+    fn report(
+        self,
+        written: Written,
+        tokenizer_from: Option<PathBuf>,
+    ) -> Result<MergeReport, MergeError> {
+        if self.unchanged.len() == self.modules.len() {
+            let cause =
+                "the deltas are lost in rounding to the base's type; merge with --dtype f32";
+            return Err(MergeError::EqualsBase {
+                adapter: self.job.adapter.into(),
+                cause,
+            });
+        }
+        Ok(MergeReport {
+            written,
+            modules: self.modules,
+            max_abs_delta: self.total.max_abs,
+            delta_norm: self.total.sum_of_squares.sqrt(),
+            unchanged: self.unchanged,
+            tokenizer_from,
+        })
+    }
+}
+
+/// What safetensors calls the type; `None` for GGUF's.
+fn stored(dtype: Dtype) -> Option<Stored> {
+    match dtype {
+        Dtype::F32 => Some(Stored::F32),
+        Dtype::F16 => Some(Stored::F16),
+        Dtype::BF16 => Some(Stored::BF16),
+        Dtype::Quantised => None,
+        Dtype::Other(name) => serde_json::from_value(Value::from(name)).ok(),
+    }
+}

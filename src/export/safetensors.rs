@@ -71,6 +71,11 @@ impl SafetensorsWriter {
         })
     }
 
+    /// The tensor to write next.
+    pub fn pending(&self) -> Option<&TensorInfo> {
+        self.tensors.get(self.written)
+    }
+
     /// The tensors in the order in which they must be written.
     pub fn order(&self) -> &[TensorInfo] {
         &self.tensors
