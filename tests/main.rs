@@ -5,4 +5,5 @@ mod export;
 mod gguf;
 mod hub;
 mod recipe;
+mod tokenizer;
 mod weights;
