@@ -8,4 +8,5 @@ mod hub;
 mod merge;
 mod peft;
 mod recipe;
+mod tokenizer;
 mod weights;

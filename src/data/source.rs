@@ -161,7 +161,7 @@ fn split_array(text: &[u8]) -> Result<(Vec<Record>, usize), usize> {
                 match byte {
                     b'"' => in_string = true,
                     b'{' | b'[' => depth += 1,
-                    b'}' | b']' => depth = depth.saturating_sub(1).max(1),
+                    b'}' | b']' => depth -= usize::from(depth > 1),
                     _ => {}
                 }
             }
@@ -230,7 +230,9 @@ mod tests {
     fn broken_arrays_leave_rows_that_do_not_parse() {
         assert_eq!(split_array(b"\n[{\"a\": 1},").unwrap_err(), 2);
         assert_eq!(split_array(b"[{\"a\": \"]").unwrap_err(), 1);
-        for text in ["[{},]", "[,{}]", "[{}] x", "[{} {}]", "[}]", "[{]}"] {
+        for text in [
+            "[{},]", "[,{}]", "[{}] x", "[{} {}]", "[}]", "[{]}]", "[{}] }",
+        ] {
             let bad = elements(text)
                 .iter()
                 .any(|(_, row)| parse(row.as_bytes()).is_err());
