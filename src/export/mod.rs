@@ -9,4 +9,5 @@ pub mod model;
 pub mod peft;
 pub mod safetensors;
 pub mod sidecar;
+pub mod verify;
 pub mod write;

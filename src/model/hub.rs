@@ -3,7 +3,7 @@ use std::path::{Path, PathBuf};
 /// Progress.
 pub struct Progress;
 /// Finds.
-pub fn locate(model: &str, _revision: &str, _progress: &mut dyn FnMut(Progress)) -> Result<PathBuf, String> {
+pub fn locate(model: &str, _revision: &str, _progress: &mut dyn FnMut(Progress)) -> Result<PathBuf, std::io::Error> {
     let path = Path::new(model);
-    if path.exists() { Ok(path.to_path_buf()) } else { Err(format!("no {model}")) }
+    if path.exists() { Ok(path.to_path_buf()) } else { Err(std::io::Error::other(format!("no {model}"))) }
 }

@@ -6,6 +6,7 @@
 //! reports meanwhile.
 
 pub mod event;
+pub mod finish;
 pub mod memory;
 pub mod optimizer;
 pub mod prepare;

@@ -38,6 +38,21 @@ pub struct Progress {
     pub data: String,
 }
 
+impl Progress {
+    /// Before the first step, on the data of this fingerprint.
+    pub fn new(data: String) -> Self {
+        Self {
+            step: 0,
+            evaluated: None,
+            best: None,
+            evaluations_without_improvement: 0,
+            loss: None,
+            stopped_early: false,
+            data,
+        }
+    }
+}
+
 /// The lowest validation loss of a run.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Best {

@@ -1,0 +1,40 @@
+//! `lorafit devices`: what this build can use on this machine.
+
+use super::args::Output;
+use super::schema::print;
+use crate::device::{self, DeviceKind};
+
+/// Lists the devices, and the kinds that this build lacks.
+///
+/// # Errors
+/// Standard output cannot be written.
+pub fn run(output: &Output) -> anyhow::Result<()> {
+    let built = device::gpu_kinds();
+    let devices = [DeviceKind::Cpu].into_iter().chain(built.iter().copied());
+    for available in devices.flat_map(device::available) {
+        let (spec, name) = (available.spec.to_string(), available.name);
+        if output.json {
+            let line = serde_json::json!({"event": "device", "device": spec, "name": name});
+            print(&format!("{line}\n"))?;
+        } else {
+            print(&format!("{spec:<10} {name}\n"))?;
+        }
+    }
+    let all = [
+        DeviceKind::Cuda,
+        DeviceKind::Metal,
+        DeviceKind::Vulkan,
+        DeviceKind::WebGpu,
+    ];
+    let missing: Vec<String> = (all.into_iter())
+        .filter(|kind| !built.contains(kind))
+        .map(|kind| kind.to_string())
+        .collect();
+    if !missing.is_empty() && !output.json && !output.quiet {
+        print(&format!(
+            "\nthis build has no {}; add one with `cargo install lorafit --features NAME`\n",
+            missing.join(", ")
+        ))?;
+    }
+    Ok(())
+}

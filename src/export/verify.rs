@@ -1,0 +1,142 @@
+//! Reads a merged model back and compares it with base and adapter, logit by logit.
+
+use std::path::Path;
+
+use burn::tensor::Device;
+
+use crate::adapter::inject::{self, Init};
+use crate::adapter::peft::{self, PeftError};
+use crate::device::to_vec;
+use crate::model::weights::{Weights, WeightsError};
+use crate::model::{CausalLm, Tokens, names};
+use crate::model::config::ConfigError;
+use crate::random::Stream;
+
+/// How near a merged model is to base + adapter, and how far the base alone is.
+#[derive(Debug, Clone, Copy, PartialEq, serde::Serialize)]
+pub struct Comparison {
+    /// Largest difference of two logits, merged against base + adapter.
+    pub max_difference: f64,
+    /// Mean KL divergence of the next-token distributions, in nats, merged from base + adapter.
+    pub kl: f64,
+    /// The same divergence of the base alone: what the adapter changes.
+    pub kl_of_base: f64,
+    /// Positions compared.
+    pub positions: usize,
+}
+
+/// Why a merged model is not what it should be.
+#[derive(Debug, thiserror::Error)]
+pub enum VerifyError {
+    /// It is no nearer to base + adapter than half way from the base.
+    #[error(
+        "the merged model differs from base + adapter by {:.2e} nats, the base alone by {:.2e}: what the adapter learned is lost in the number format; merge with --dtype f32",
+        .0.kl, .0.kl_of_base
+    )]
+    Differs(Comparison),
+    /// Base and base + adapter give the same logits.
+    #[error(
+        "the adapter changes no logit of the base, so the merged model equals the base; was it trained (a fresh adapter has B = 0)?"
+    )]
+    Nothing,
+    /// A model cannot be read.
+    #[error(transparent)]
+    Weights(#[from] WeightsError),
+    /// A configuration cannot be read.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// The adapter cannot be read.
+    #[error(transparent)]
+    Adapter(#[from] PeftError),
+}
+
+/// Positions of the probe; enough to see every layer, few enough for a large model on a CPU.
+const PROBE: usize = 64;
+
+/// Compares the model in `merged` with `base` + `adapter` on a fixed random text, one model in
+/// memory at a time.
+///
+/// # Errors
+/// A model cannot be read, or the merged one is not what it should be.
+pub fn verify(
+    base: &Path,
+    adapter: &Path,
+    merged: &Path,
+    device: &Device,
+) -> Result<Comparison, VerifyError> {
+    let (adapted, plain) = {
+        let mut model = load(base, device)?;
+        let probe = probe(&model);
+        let plain = logits(&model, &probe);
+        let (config, pairs) = peft::read_adapter(adapter)?;
+        let linears = names::linears(model.config());
+        let shapes: Vec<_> = (linears.into_iter())
+            .map(|l| (l.path, [l.out_features, l.in_features]))
+            .collect();
+        let modules = peft::fit(adapter, &config, &pairs, &shapes)?;
+        inject::inject(&mut model, &modules, 0.0, &Init::Loaded(&pairs));
+        (logits(&model.frozen(), &probe), plain)
+    };
+    let model = load(merged, device)?;
+    let merged = logits(&model, &probe(&model));
+    let vocabulary = model.config().vocab_size;
+    let comparison = Comparison {
+        max_difference: (merged.iter().zip(&adapted))
+            .map(|(a, b)| f64::from((a - b).abs()))
+            .fold(0.0, f64::max),
+        kl: divergence(&adapted, &merged, vocabulary),
+        kl_of_base: divergence(&adapted, &plain, vocabulary),
+        positions: adapted.len() / vocabulary,
+    };
+    if adapted == plain {
+        return Err(VerifyError::Nothing);
+    }
+    // Written so that NaN fails.
+    if comparison.kl < comparison.kl_of_base / 2.0 || comparison.kl < 1e-9 {
+        Ok(comparison)
+    } else {
+        Err(VerifyError::Differs(comparison))
+    }
+}
+
+fn load(path: &Path, device: &Device) -> Result<CausalLm, VerifyError> {
+    let weights = Weights::open(path)?;
+    let config = weights.config()?;
+    Ok(CausalLm::load(&weights, config, device)?)
+}
+
+fn probe(model: &CausalLm) -> Vec<i32> {
+    let (stream, vocabulary) = (Stream::new(0), model.config().vocab_size as u64);
+    let length = PROBE.min(model.config().max_position_embeddings);
+    (0..length as u64)
+        .map(|i| (stream.bits(i) % vocabulary) as i32)
+        .collect()
+}
+
+fn logits(model: &CausalLm, ids: &[i32]) -> Vec<f32> {
+    let tokens = Tokens {
+        ids,
+        batch: 1,
+        positions: None,
+    };
+    let logits = model.logits(model.hidden(tokens, None, None));
+    let n = logits.shape().num_elements();
+    to_vec(logits.reshape([n]))
+}
+
+/// Mean over rows of `Σ p (ln p - ln q)`, p and q the softmax of the two.
+fn divergence(p: &[f32], q: &[f32], vocabulary: usize) -> f64 {
+    let log_softmax = |row: &[f32]| -> Vec<f64> {
+        let max = row.iter().fold(f64::NEG_INFINITY, |m, &x| m.max(x.into()));
+        let sum: f64 = row.iter().map(|&x| (f64::from(x) - max).exp()).sum();
+        row.iter().map(|&x| f64::from(x) - max - sum.ln()).collect()
+    };
+    let rows = p.chunks_exact(vocabulary).zip(q.chunks_exact(vocabulary));
+    let total: f64 = rows
+        .map(|(p, q)| {
+            let (p, q) = (log_softmax(p), log_softmax(q));
+            p.iter().zip(&q).map(|(p, q)| p.exp() * (p - q)).sum::<f64>()
+        })
+        .sum();
+    total / (p.len() / vocabulary).max(1) as f64
+}
