@@ -166,7 +166,10 @@ fn message(value: Value, index: usize) -> Result<Message, RowError> {
     if fields.get("train") == Some(&Value::Bool(false)) {
         return Err(unsupported(&path("train"), "turns that do not train are"));
     }
-    if fields.get("weight").is_some_and(|w| w.as_f64() != Some(1.0)) {
+    if fields
+        .get("weight")
+        .is_some_and(|w| w.as_f64() != Some(1.0))
+    {
         return Err(unsupported(&path("weight"), "weights of turns are"));
     }
     let content = match fields.get("content") {
@@ -302,7 +305,10 @@ mod tests {
                 json!({"messages": "x"}),
                 "`messages` must be an array of messages, found a string",
             ),
-            (json!({"messages": [{"content": "x"}]}), "`messages[0].role` is missing"),
+            (
+                json!({"messages": [{"content": "x"}]}),
+                "`messages[0].role` is missing",
+            ),
             (
                 json!({"messages": [{"role": "bot", "content": "x"}]}),
                 "`messages[0].role` is `bot`; roles are system, user, assistant and tool",
@@ -316,7 +322,10 @@ mod tests {
                 "`messages[0].tool_calls`: tool calls are not supported yet; remove the row or the key",
             ),
             (json!({"instruction": "x"}), "`output` is missing"),
-            (json!({"text": 1}), "`text` must be a string, found a number"),
+            (
+                json!({"text": 1}),
+                "`text` must be a string, found a number",
+            ),
             (json!({"text": ""}), "`text` is empty"),
             (
                 json!({"prompt": "x"}),

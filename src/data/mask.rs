@@ -52,12 +52,7 @@ pub fn sample(
     if trained(&labels) == 0 {
         return Err(RowError::AllMasked);
     }
-    Ok(truncate(
-        input_ids,
-        labels,
-        options.max_seq_len,
-        source,
-    ))
+    Ok(truncate(input_ids, labels, options.max_seq_len, source))
 }
 
 /// How many tokens train: label i is predicted from the tokens before it, so the first never is.

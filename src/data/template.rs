@@ -521,7 +521,8 @@ mod tests {
 
     #[test]
     fn an_endless_template_is_stopped() {
-        let source = "{% for a in range(90000) %}{% for b in range(90000) %}{{ a }}{% endfor %}{% endfor %}";
+        let source =
+            "{% for a in range(90000) %}{% for b in range(90000) %}{{ a }}{% endfor %}{% endfor %}";
         assert!(matches!(
             render(source, json!([{}])),
             Err(TemplateError::Exhausted { .. })

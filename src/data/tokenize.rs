@@ -163,11 +163,7 @@ impl ChatTokenizer {
     ///
     /// # Errors
     /// The tokenizer fails.
-    pub fn encode(
-        &self,
-        text: &str,
-        add_special_tokens: bool,
-    ) -> Result<Vec<u32>, TokenizerError> {
+    pub fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>, TokenizerError> {
         let encoding = self.tokenizer.encode_fast(text, false);
         let encoding = encoding.map_err(|e| TokenizerError::Coding(e.to_string()))?;
         if !add_special_tokens {
@@ -290,8 +286,9 @@ fn add_missing_tokens(tokenizer: &mut Tokenizer, files: &TokenizerFiles) -> Resu
     let flag = |token: &Map<String, Value>, key: &str| token.get(key) == Some(&Value::Bool(true));
     for (id, token) in &files.added {
         let content = token.get("content").and_then(Value::as_str);
-        let content = content
-            .ok_or_else(|| format!("added_tokens_decoder.{id} in tokenizer_config.json has no content"))?;
+        let content = content.ok_or_else(|| {
+            format!("added_tokens_decoder.{id} in tokenizer_config.json has no content")
+        })?;
         if is_added(tokenizer, content) {
             continue;
         }
@@ -338,8 +335,5 @@ fn added_around(tokenizer: &Tokenizer) -> Result<(Vec<u32>, Vec<u32>), String> {
     let before = added.iter().take_while(|m| **m == 1).count();
     let behind = added.iter().rev().take_while(|m| **m == 1).count();
     let behind = behind.min(ids.len() - before);
-    Ok((
-        ids[..before].to_vec(),
-        ids[ids.len() - behind..].to_vec(),
-    ))
+    Ok((ids[..before].to_vec(), ids[ids.len() - behind..].to_vec()))
 }

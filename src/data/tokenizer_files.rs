@@ -297,7 +297,10 @@ fn inline_template(config: &Map<String, Value>) -> Result<Option<TemplateSource>
                 .collect();
             let chosen = match named.as_slice() {
                 [(_, only)] => Some(only),
-                several => several.iter().find(|(n, _)| *n == "default").map(|(_, t)| t),
+                several => several
+                    .iter()
+                    .find(|(n, _)| *n == "default")
+                    .map(|(_, t)| t),
             };
             let names: Vec<&str> = named.iter().map(|(name, _)| *name).collect();
             chosen.map(|source| Some(template(source))).ok_or_else(|| {
@@ -305,7 +308,10 @@ fn inline_template(config: &Map<String, Value>) -> Result<Option<TemplateSource>
                 invalid(FILE, &format!("chat_template has several templates ({names}) and none is named `default`; name a Jinja file in data.chat_template"))
             })
         }
-        Some(_) => Err(invalid(FILE, &"chat_template must be text or a list of {name, template}")),
+        Some(_) => Err(invalid(
+            FILE,
+            &"chat_template must be text or a list of {name, template}",
+        )),
     }
 }
 
