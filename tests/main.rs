@@ -2,6 +2,7 @@
 
 mod data;
 mod export;
+mod golden;
 mod gguf;
 mod hub;
 mod merge;

@@ -1,0 +1,233 @@
+//! From a plan to everything a run needs, short of loading weights: what `lorafit check` does.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::path::PathBuf;
+
+use crate::adapter::config::AdapterConfig;
+use crate::adapter::inject::{self, Init};
+use crate::adapter::peft::{self, LoraPair};
+use crate::adapter::target::{self, ModuleAdapter, Targeting};
+use crate::data::tokenize::ChatTokenizer;
+use crate::data::{self, Dataset};
+use crate::model::config::ModelConfig;
+use crate::model::weights::{self, Weights, WeightsError};
+use crate::model::{CausalLm, hub, names};
+use crate::random::Stream;
+use crate::recipe::{AdapterMethod, BaseInit, Plan};
+
+/// A plan with its base model found, its data tokenised and its adapters chosen.
+#[derive(Debug)]
+pub struct Prepared {
+    /// The plan.
+    pub plan: Plan,
+    /// The base model on this machine.
+    pub base: PathBuf,
+    /// Its configuration.
+    pub config: ModelConfig,
+    /// Its weights; `None` with `base.init: random`.
+    pub weights: Option<Weights>,
+    /// Its tokenizer and chat template.
+    pub tokenizer: ChatTokenizer,
+    /// The samples.
+    pub dataset: Dataset,
+    /// What carries adapters; `None` with `adapter.method: full`.
+    pub adapter: Option<AdapterChoice>,
+}
+
+/// The adapters of a run.
+#[derive(Debug)]
+pub struct AdapterChoice {
+    /// The configuration that will be written.
+    pub config: AdapterConfig,
+    /// The modules.
+    pub modules: Vec<ModuleAdapter>,
+    /// Values to train on from (`adapter.init_from`).
+    pub values: Option<BTreeMap<String, LoraPair>>,
+}
+
+/// Everything that is wrong with a plan, its base model and its data.
+#[derive(Debug)]
+pub struct PrepareError(Vec<String>);
+
+impl fmt::Display for PrepareError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0.join("\n"))
+    }
+}
+
+impl std::error::Error for PrepareError {}
+
+/// Collects what independent checks find.
+#[derive(Default)]
+struct Findings(Vec<String>);
+
+impl Findings {
+    fn take<T, E: fmt::Display>(&mut self, result: Result<T, E>) -> Option<T> {
+        result
+            .map_err(|error| self.0.push(error.to_string()))
+            .ok()
+    }
+}
+
+/// Finds the base model, checks it, tokenises the data and chooses the adapters.
+///
+/// # Errors
+/// All that is wrong, as far as one fault does not hide another.
+pub fn prepare(
+    plan: Plan,
+    progress: &mut dyn FnMut(hub::Progress),
+) -> Result<Prepared, PrepareError> {
+    let mut findings = Findings::default();
+    let located = hub::locate(&plan.base.model, &plan.base.revision, progress);
+    let Some(base) = findings.take(located) else {
+        return Err(PrepareError(findings.0));
+    };
+    let template = plan.data.chat_template.as_deref();
+    let tokenizer = findings.take(ChatTokenizer::open(&base, template));
+    let (config, weights) = open_weights(&plan, &base, &mut findings);
+    let adapter = config
+        .as_ref()
+        .and_then(|config| choose_adapters(&plan, config, &mut findings));
+    let limit = config
+        .as_ref()
+        .map_or(usize::MAX, |config| config.max_position_embeddings);
+    let dataset = tokenizer.as_ref().and_then(|tokenizer| {
+        findings.take(data::load(&plan.data, plan.train.seed, tokenizer, limit))
+    });
+    if let (Some(dataset), Some(config)) = (&dataset, &config) {
+        check_vocabulary(dataset, config, &mut findings);
+    }
+    match (config, tokenizer, dataset) {
+        (Some(config), Some(tokenizer), Some(dataset)) if findings.0.is_empty() => Ok(Prepared {
+            base,
+            config,
+            weights,
+            tokenizer,
+            dataset,
+            adapter,
+            plan,
+        }),
+        _ => Err(PrepareError(findings.0)),
+    }
+}
+
+/// The configuration and, unless they are drawn at random, the checked weights.
+fn open_weights(
+    plan: &Plan,
+    base: &std::path::Path,
+    findings: &mut Findings,
+) -> (Option<ModelConfig>, Option<Weights>) {
+    if plan.base.init == BaseInit::Random {
+        return (findings.take(ModelConfig::from_dir(base)), None);
+    }
+    let Some(weights) = findings.take(Weights::open(base)) else {
+        return (None, None);
+    };
+    let config = findings.take(weights.config());
+    if let Some(config) = &config {
+        findings.take(weights::check(&weights, config));
+    }
+    (config, Some(weights))
+}
+
+fn choose_adapters(
+    plan: &Plan,
+    config: &ModelConfig,
+    findings: &mut Findings,
+) -> Option<AdapterChoice> {
+    if plan.adapter.method == AdapterMethod::Full {
+        return None;
+    }
+    if let Some(dir) = &plan.adapter.init_from {
+        let (adapter_config, values) = findings.take(peft::read_adapter(dir))?;
+        let linears = linear_shapes(config);
+        let fit = peft::fit(dir, &adapter_config, &values, &linears);
+        return Some(AdapterChoice {
+            modules: findings.take(fit)?,
+            config: adapter_config,
+            values: Some(values),
+        });
+    }
+    let targeting = Targeting::from(&plan.adapter);
+    let mut linear = names::linear_modules(config);
+    linear.push(names::HEAD.to_string());
+    let modules = findings.take(target::select(&targeting, &linear))?;
+    if modules.iter().any(|adapter| adapter.module == names::HEAD) {
+        findings.0.push(format!(
+            "adapter.target_modules chooses {}, which cannot carry an adapter yet; leave it out",
+            names::HEAD
+        ));
+        return None;
+    }
+    let written = findings.take(target::as_written(&targeting, &linear))?;
+    let revision = Some(plan.base.revision.as_str());
+    Some(AdapterChoice {
+        config: AdapterConfig::new(&plan.base.model, revision, written, plan.adapter.dropout),
+        modules,
+        values: None,
+    })
+}
+
+/// Path and `[out, in]` of each linear layer that can carry an adapter.
+pub fn linear_shapes(config: &ModelConfig) -> Vec<(String, [usize; 2])> {
+    names::linears(config)
+        .into_iter()
+        .map(|linear| (linear.path, [linear.out_features, linear.in_features]))
+        .collect()
+}
+
+/// A tokenizer with more ids than the model has embeddings would read past the table.
+fn check_vocabulary(dataset: &Dataset, config: &ModelConfig, findings: &mut Findings) {
+    let samples = dataset.train.iter().chain(&dataset.validation);
+    let outside = samples
+        .filter_map(|sample| {
+            let id = sample.input_ids.iter().copied().max()?;
+            (id as usize >= config.vocab_size).then_some((id, &sample.source))
+        })
+        .next();
+    if let Some((id, source)) = outside {
+        findings.0.push(format!(
+            "{source}: token id {id} is not in the model's vocabulary of {}; the tokenizer does not belong to this model",
+            config.vocab_size
+        ));
+    }
+}
+
+impl Prepared {
+    /// Loads the base model onto a device, with its adapters injected or all weights trainable.
+    ///
+    /// # Errors
+    /// A tensor cannot be read.
+    pub fn model(&self, device: &burn::tensor::Device) -> Result<CausalLm, WeightsError> {
+        let seed = self.plan.train.seed;
+        let mut model = match &self.weights {
+            Some(weights) => CausalLm::load(weights, self.config.clone(), device)?,
+            None => CausalLm::random(self.config.clone(), seed, device)?,
+        };
+        match &self.adapter {
+            Some(choice) => {
+                let init = match &choice.values {
+                    Some(values) => Init::Loaded(values),
+                    None => Init::Fresh { seed },
+                };
+                let dropout = choice.config.lora_dropout;
+                inject::inject(&mut model, &choice.modules, dropout, &init);
+            }
+            None => inject::train_all(&mut model),
+        }
+        Ok(model)
+    }
+
+    /// Identifies the training samples, so that a resumed run can tell that they are the same.
+    pub fn data_fingerprint(&self) -> String {
+        let mut stream = Stream::new(self.dataset.train.len() as u64);
+        for sample in self.dataset.train.iter().chain(&self.dataset.validation) {
+            stream = stream.split(sample.input_ids.len() as u64);
+            for (&id, &label) in sample.input_ids.iter().zip(&sample.labels) {
+                stream = stream.split(u64::from(id) << 32 | u64::from(label as u32));
+            }
+        }
+        format!("{:016x}", stream.bits(0))
+    }
+}

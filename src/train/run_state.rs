@@ -1,0 +1,238 @@
+//! Everything a run needs to go on as if it had never stopped.
+//!
+//! `step-N/state.json` holds the counters, `weights.safetensors` what trains,
+//! `optimizer.safetensors` the moments; all in f32, bit for bit. The order of the data and every
+//! random number are functions of the seed and the step, so no generator state is needed.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use burn::tensor::{Device, Tensor, TensorData};
+use safetensors::Dtype;
+use serde::{Deserialize, Serialize};
+
+use super::optimizer::{AdamW, Moments};
+use crate::device::to_vec;
+use crate::export::safetensors::{SafetensorsWriter, TensorInfo, f32_bytes};
+use crate::export::write::{PartialDir, WriteError, atomic_bytes};
+use crate::model::CausalLm;
+use crate::model::weights::{Weights, WeightsError};
+
+/// The counters of a run.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Progress {
+    /// Steps done.
+    pub step: usize,
+    /// The last step after which the validation split was measured.
+    pub evaluated: Option<usize>,
+    /// The lowest validation loss so far.
+    pub best: Option<Best>,
+    /// Evaluations since then.
+    pub evaluations_without_improvement: usize,
+    /// Loss of the last step.
+    pub loss: Option<f64>,
+    /// Whether the run ended early for want of improvement.
+    pub stopped_early: bool,
+    /// Identifies the training samples and their order.
+    pub data: String,
+}
+
+/// The lowest validation loss of a run.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Best {
+    /// Steps done.
+    pub step: usize,
+    /// Mean token loss.
+    pub loss: f64,
+}
+
+/// Why a run state cannot be read.
+#[derive(Debug, thiserror::Error)]
+pub enum StateError {
+    /// A file is missing or damaged.
+    #[error("cannot read run state {path}: {reason}; delete {path} to continue from an earlier one")]
+    Damaged {
+        /// The state's directory.
+        path: PathBuf,
+        /// What is wrong.
+        reason: String,
+    },
+    /// Its tensors cannot be read.
+    #[error(transparent)]
+    Weights(#[from] WeightsError),
+}
+
+const STATE: &str = "state.json";
+const WEIGHTS: &str = "weights.safetensors";
+const OPTIMIZER: &str = "optimizer.safetensors";
+const FIRST: &str = ".first";
+const SECOND: &str = ".second";
+
+/// The directory of the state after `step` steps.
+pub fn path(states: &Path, step: usize) -> PathBuf {
+    states.join(format!("step-{step:06}"))
+}
+
+/// The steps that have a state, in order.
+pub fn list(states: &Path) -> Vec<usize> {
+    let Ok(entries) = fs::read_dir(states) else {
+        return Vec::new();
+    };
+    let mut steps: Vec<usize> = entries
+        .flatten()
+        .filter_map(|entry| entry.file_name().to_str()?.strip_prefix("step-")?.parse().ok())
+        .collect();
+    steps.sort_unstable();
+    steps
+}
+
+/// Saves a state; it appears complete or not at all.
+///
+/// # Errors
+/// The disk is full or cannot be written; earlier states are untouched.
+pub fn save(
+    states: &Path,
+    progress: &Progress,
+    model: &mut CausalLm,
+    optimizer: &AdamW,
+) -> Result<PathBuf, WriteError> {
+    let target = path(states, progress.step);
+    let dir = PartialDir::create(&target)?;
+    let mut weights = BTreeMap::new();
+    model.visit_trainable(&mut |name, parameter| {
+        weights.insert(name.to_string(), (parameter.flat(), parameter.shape()));
+    });
+    write(&dir.path().join(WEIGHTS), &weights)?;
+    let mut moments = BTreeMap::new();
+    for (name, Moments { first, second }) in &optimizer.moments {
+        let n = first.dims().to_vec();
+        moments.insert(format!("{name}{FIRST}"), (first.clone(), n.clone()));
+        moments.insert(format!("{name}{SECOND}"), (second.clone(), n));
+    }
+    write(&dir.path().join(OPTIMIZER), &moments)?;
+    let json = serde_json::to_vec_pretty(progress).unwrap_or_default();
+    atomic_bytes(&dir.path().join(STATE), &json)?;
+    dir.publish_replacing()?;
+    Ok(target)
+}
+
+/// Writes tensors one at a time.
+fn write(path: &Path, tensors: &BTreeMap<String, (Tensor<1>, Vec<usize>)>) -> Result<(), WriteError> {
+    let info = |(name, (_, shape)): (&String, &(Tensor<1>, Vec<usize>))| TensorInfo {
+        name: name.clone(),
+        dtype: Dtype::F32,
+        shape: shape.clone(),
+    };
+    let infos = tensors.iter().map(info).collect();
+    let mut writer = SafetensorsWriter::create(path, &[("format", "pt")], infos)?;
+    for name in writer.order().iter().map(|t| t.name.clone()).collect::<Vec<_>>() {
+        if let Some((tensor, _)) = tensors.get(&name) {
+            writer.write(&name, &f32_bytes(&to_vec(tensor.clone())))?;
+        }
+    }
+    writer.finish()?;
+    Ok(())
+}
+
+/// Reads the counters of the state after `step` steps.
+///
+/// # Errors
+/// It is missing or damaged.
+pub fn progress(states: &Path, step: usize) -> Result<Progress, StateError> {
+    let dir = path(states, step);
+    let damaged = |reason: String| StateError::Damaged {
+        path: dir.clone(),
+        reason,
+    };
+    let text = fs::read_to_string(dir.join(STATE)).map_err(|e| damaged(e.to_string()))?;
+    serde_json::from_str(&text).map_err(|e| damaged(e.to_string()))
+}
+
+/// Puts the weights of the state after `step` steps into a model that trains the same tensors.
+///
+/// # Errors
+/// They are missing, damaged, or not those of this model.
+pub fn load_weights(states: &Path, step: usize, model: &mut CausalLm) -> Result<(), StateError> {
+    let dir = path(states, step);
+    let weights = Weights::open(&dir.join(WEIGHTS))?;
+    let device = model.device().clone();
+    let mut fault = None;
+    model.visit_trainable(&mut |name, mut parameter| {
+        if fault.is_some() {
+            return;
+        }
+        match read(&weights, name, &parameter.shape(), &device) {
+            Ok(values) => parameter.set_flat(values),
+            Err(reason) => fault = Some(reason),
+        }
+    });
+    match fault {
+        None => Ok(()),
+        Some(reason) => Err(StateError::Damaged { path: dir, reason }),
+    }
+}
+
+/// Puts the moments of the state after `step` steps into an optimizer.
+///
+/// # Errors
+/// They are missing or damaged.
+pub fn load_optimizer(
+    states: &Path,
+    step: usize,
+    optimizer: &mut AdamW,
+    device: &Device,
+) -> Result<(), StateError> {
+    let dir = path(states, step);
+    let file = Weights::open(&dir.join(OPTIMIZER))?;
+    let damaged = |reason| StateError::Damaged {
+        path: dir.clone(),
+        reason,
+    };
+    let names: Vec<String> = file
+        .names()
+        .filter_map(|name| Some(name.strip_suffix(FIRST)?.to_string()))
+        .collect();
+    optimizer.steps = step;
+    optimizer.moments.clear();
+    for name in names {
+        let moment = |suffix: &str| {
+            let key = format!("{name}{suffix}");
+            let shape = file.shape(&key).unwrap_or(&[0]).to_vec();
+            read(&file, &key, &shape, device).map_err(damaged)
+        };
+        let moments = Moments {
+            first: moment(FIRST)?,
+            second: moment(SECOND)?,
+        };
+        optimizer.moments.insert(name, moments);
+    }
+    Ok(())
+}
+
+fn read(file: &Weights, name: &str, shape: &[usize], device: &Device) -> Result<Tensor<1>, String> {
+    let found = file.shape(name).map(<[usize]>::to_vec);
+    if found.as_deref() != Some(shape) {
+        return Err(format!("{name}: expected shape {shape:?}, found {found:?}"));
+    }
+    let values = file.read_f32(name).map_err(|error| error.to_string())?;
+    let n = values.len();
+    Ok(Tensor::from_data(TensorData::new(values, [n]), device))
+}
+
+/// Deletes all states but the last `keep` and that of `best`.
+///
+/// # Errors
+/// A state cannot be removed.
+pub fn prune(states: &Path, keep: usize, best: Option<Best>) -> Result<(), WriteError> {
+    let steps = list(states);
+    let old = steps.len().saturating_sub(keep.max(1));
+    for &step in &steps[..old] {
+        if best.is_some_and(|best| best.step == step) {
+            continue;
+        }
+        let dir = path(states, step);
+        fs::remove_dir_all(&dir).map_err(|source| WriteError::io("remove", &dir, source))?;
+    }
+    Ok(())
+}

@@ -1,0 +1,341 @@
+//! The training loop.
+
+use std::path::Path;
+use std::time::Instant;
+
+use super::event::Event;
+use super::optimizer::AdamW;
+use super::run_dir::Metrics;
+use super::run_state::{self, Best, Progress};
+use super::schedule::Schedule;
+use super::{memory, step};
+use crate::data::Sample;
+use crate::data::loader::{Batch, Loader, collate};
+use crate::data::tokenize::ChatTokenizer;
+use crate::export::write::WriteError;
+use crate::infer::{self, Sampling};
+use crate::model::CausalLm;
+use crate::recipe::Plan;
+
+/// Everything one run works with.
+pub struct Trainer<'a> {
+    /// How to train, and what to write meanwhile.
+    pub plan: &'a Plan,
+    /// The model, with its trainable tensors marked.
+    pub model: CausalLm,
+    /// Moves the weights.
+    pub optimizer: AdamW,
+    /// Where the run stands.
+    pub progress: Progress,
+    /// Training samples.
+    pub train: &'a [Sample],
+    /// Validation samples.
+    pub validation: &'a [Sample],
+    /// For samples of text.
+    pub tokenizer: &'a ChatTokenizer,
+    /// The name of the device.
+    pub device: String,
+    /// Where run states go.
+    pub states: &'a Path,
+    /// Where events are recorded.
+    pub metrics: Metrics,
+    /// Whether somebody asked the run to stop.
+    pub interrupted: &'a dyn Fn() -> bool,
+    /// Told of each event.
+    pub report: &'a mut dyn FnMut(&Event),
+}
+
+/// How a run ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Outcome {
+    /// All steps are done, or it stopped early.
+    Complete,
+    /// It was asked to stop, and saved its state.
+    Interrupted,
+}
+
+/// Why a run broke off.
+#[derive(Debug, thiserror::Error)]
+pub enum TrainError {
+    /// The loss or the gradients are not numbers any more.
+    #[error(
+        "step {step}: the {what} is {value}, so training cannot go on; rows in this step: {rows}; the last run state is kept: lower train.learning_rate, raise train.warmup_steps, or look at these rows"
+    )]
+    NotFinite {
+        /// Steps done before it.
+        step: usize,
+        /// Loss or gradient norm.
+        what: &'static str,
+        /// NaN or infinite.
+        value: f64,
+        /// Where the samples of the step came from.
+        rows: String,
+    },
+    /// A state or the metrics could not be written.
+    #[error(transparent)]
+    Write(#[from] WriteError),
+    /// A sample of text could not be made.
+    #[error("cannot write a sample: {0}")]
+    Sample(#[from] crate::data::tokenize::TokenizerError),
+}
+
+impl Trainer<'_> {
+    /// Trains until the end of the plan, an early stop or an interruption.
+    ///
+    /// # Errors
+    /// The loss is not finite, or the disk fails.
+    pub fn run(&mut self) -> Result<Outcome, TrainError> {
+        let loader = loader(self.plan, self.train.len());
+        let total_steps = total_steps(self.plan, &loader);
+        let schedule = Schedule::new(&self.plan.train, total_steps);
+        self.start(&loader, total_steps)?;
+        let mut saved = self.progress.step; // step 0 is what the recipe describes: nothing to save
+        loop {
+            let last = self.progress.step >= total_steps || self.progress.stopped_early;
+            if self.evaluation_due(last) && !self.evaluate()? {
+                return self.interrupt(saved);
+            }
+            let last = last || self.stop_early()?;
+            if self.progress.step != saved && (last || self.save_due()) {
+                self.save()?;
+                saved = self.progress.step;
+            }
+            if last {
+                return Ok(Outcome::Complete);
+            }
+            if (self.interrupted)() || !self.step(&loader, &schedule)? {
+                return self.interrupt(saved);
+            }
+        }
+    }
+
+    /// One optimizer step; `false` when interrupted before it was complete.
+    fn step(&mut self, loader: &Loader, schedule: &Schedule) -> Result<bool, TrainError> {
+        let begin = Instant::now();
+        let number = self.progress.step;
+        let indices = loader.step(number);
+        let batches: Vec<Batch> = indices.iter().map(|rows| self.batch(rows)).collect();
+        let dropout = step::DropoutSeed {
+            seed: self.plan.train.seed,
+            step: number,
+        };
+        let Some(mut result) =
+            step::gradients(&mut self.model, &batches, Some(dropout), self.interrupted)
+        else {
+            return Ok(false);
+        };
+        self.finite("loss", result.loss, &indices)?;
+        let grad_norm = step::clip(&mut result.gradients, self.plan.train.max_grad_norm);
+        self.finite("gradient norm", grad_norm, &indices)?;
+        let learning_rate = schedule.learning_rate(number);
+        self.optimizer
+            .step(&mut self.model, result.gradients, learning_rate);
+        self.progress.step += 1;
+        self.progress.loss = Some(result.loss);
+        let seconds = begin.elapsed().as_secs_f64();
+        let tokens: usize = batches.iter().flat_map(|batch| &batch.lengths).sum();
+        self.emit(Event::Step {
+            step: self.progress.step,
+            epoch: self.progress.step as f64 / loader.steps_per_epoch() as f64,
+            loss: result.loss,
+            learning_rate,
+            grad_norm,
+            tokens,
+            trained_tokens: result.label_tokens,
+            tokens_per_second: tokens as f64 / seconds,
+            memory_bytes: memory::in_use(self.model.device()),
+            seconds,
+        })?;
+        Ok(true)
+    }
+
+    /// Measures the validation split and writes samples; `false` when interrupted.
+    fn evaluate(&mut self) -> Result<bool, TrainError> {
+        let step = self.progress.step;
+        if !self.validation.is_empty() {
+            let all: Vec<usize> = (0..self.validation.len()).collect();
+            let batches = all.chunks(self.plan.train.micro_batch_size).map(|rows| {
+                let samples: Vec<&Sample> = rows.iter().map(|&i| &self.validation[i]).collect();
+                collate(&samples, self.pad_id())
+            });
+            let Some((loss, _)) = step::evaluate(&self.model, batches, self.interrupted) else {
+                return Ok(false);
+            };
+            let best = self.progress.best.is_none_or(|best| loss < best.loss);
+            if best {
+                self.progress.best = Some(Best { step, loss });
+                self.progress.evaluations_without_improvement = 0;
+            } else {
+                self.progress.evaluations_without_improvement += 1;
+            }
+            self.emit(Event::Eval { step, loss, best })?;
+        }
+        self.progress.evaluated = Some(step);
+        self.write_samples()?;
+        Ok(true)
+    }
+
+    /// Whether the evaluations have stopped improving.
+    fn stop_early(&mut self) -> Result<bool, TrainError> {
+        let (Some(patience), Some(best)) =
+            (self.plan.train.early_stopping_patience, self.progress.best)
+        else {
+            return Ok(false);
+        };
+        let stop = self.progress.evaluations_without_improvement >= patience.max(1);
+        if stop && !self.progress.stopped_early {
+            self.progress.stopped_early = true;
+            self.emit(Event::EarlyStop {
+                step: self.progress.step,
+                best_step: best.step,
+            })?;
+        }
+        Ok(stop)
+    }
+
+    /// Generates an answer to each fixed prompt.
+    fn write_samples(&mut self) -> Result<(), TrainError> {
+        if self.plan.sample.prompts.is_empty() {
+            return Ok(());
+        }
+        let model = self.model.frozen();
+        let sampling = Sampling {
+            max_new_tokens: self.plan.sample.max_new_tokens,
+            temperature: self.plan.sample.temperature,
+            top_p: self.plan.sample.top_p,
+            seed: self.plan.train.seed,
+        };
+        for prompt in &self.plan.sample.prompts {
+            if (self.interrupted)() {
+                return Ok(());
+            }
+            let ids = infer::prompt_ids(self.tokenizer, None, prompt)?;
+            let answer = infer::generate(
+                &model,
+                &ids,
+                self.tokenizer.stop_ids(),
+                sampling,
+                &mut |_| !(self.interrupted)(),
+            );
+            self.emit(Event::Sample {
+                step: self.progress.step,
+                prompt: prompt.clone(),
+                text: self.tokenizer.decode(&answer, true)?,
+            })?;
+        }
+        Ok(())
+    }
+
+    fn save(&mut self) -> Result<(), TrainError> {
+        let path = run_state::save(self.states, &self.progress, &mut self.model, &self.optimizer)?;
+        run_state::prune(self.states, self.plan.train.save_total_limit, self.progress.best)?;
+        self.emit(Event::Saved {
+            step: self.progress.step,
+            path,
+        })
+    }
+
+    /// Saves, so that `--resume` goes on from the last complete step.
+    fn interrupt(&mut self, saved: usize) -> Result<Outcome, TrainError> {
+        if self.progress.step != saved {
+            self.save()?;
+        }
+        self.emit(Event::Interrupted {
+            step: self.progress.step,
+        })?;
+        Ok(Outcome::Interrupted)
+    }
+
+    /// Before the first step, after every `eval_steps`, and at the end; once each.
+    fn evaluation_due(&self, last: bool) -> bool {
+        let step = self.progress.step;
+        self.progress.evaluated != Some(step) && (last || step == 0 || every(self.plan.train.eval_steps, step))
+    }
+
+    /// After every `save_steps`, and when the validation loss is the lowest so far.
+    fn save_due(&self) -> bool {
+        let step = self.progress.step;
+        every(self.plan.train.save_steps, step)
+            || self.progress.best.is_some_and(|best| best.step == step)
+    }
+
+    fn start(&mut self, loader: &Loader, total_steps: usize) -> Result<(), TrainError> {
+        let (mut trainable, mut all) = (0, 0);
+        self.model.visit(&mut |_, parameter| {
+            let n: usize = parameter.shape().iter().product();
+            all += n;
+            if parameter.is_trainable() {
+                trainable += n;
+            }
+        });
+        self.emit(Event::Start {
+            step: self.progress.step,
+            total_steps,
+            steps_per_epoch: loader.steps_per_epoch(),
+            trainable_parameters: trainable,
+            parameters: all,
+            device: self.device.clone(),
+        })
+    }
+
+    fn batch(&self, rows: &[usize]) -> Batch {
+        let samples: Vec<&Sample> = rows.iter().map(|&row| &self.train[row]).collect();
+        collate(&samples, self.pad_id())
+    }
+
+    /// Pads carry no label and are seen by no real token: any id of the vocabulary will do.
+    fn pad_id(&self) -> u32 {
+        let pad = self.tokenizer.pad_id();
+        if (pad as usize) < self.model.config().vocab_size {
+            pad
+        } else {
+            0
+        }
+    }
+
+    fn finite(
+        &self,
+        what: &'static str,
+        value: f64,
+        indices: &[Vec<usize>],
+    ) -> Result<(), TrainError> {
+        if value.is_finite() {
+            return Ok(());
+        }
+        let rows = indices.iter().flatten();
+        let rows: Vec<String> = rows.map(|&i| self.train[i].source.to_string()).collect();
+        Err(TrainError::NotFinite {
+            step: self.progress.step,
+            what,
+            value,
+            rows: rows.join(", "),
+        })
+    }
+
+    fn emit(&mut self, event: Event) -> Result<(), TrainError> {
+        self.metrics.write(&event)?;
+        (self.report)(&event);
+        Ok(())
+    }
+}
+
+fn every(steps: usize, step: usize) -> bool {
+    steps > 0 && step > 0 && step.is_multiple_of(steps)
+}
+
+/// The order of the training samples.
+pub fn loader(plan: &Plan, samples: usize) -> Loader {
+    Loader::new(
+        samples,
+        plan.train.micro_batch_size,
+        plan.train.gradient_accumulation_steps,
+        plan.train.seed,
+        plan.data.shuffle,
+    )
+}
+
+/// Steps of the whole run.
+pub fn total_steps(plan: &Plan, loader: &Loader) -> usize {
+    let by_epochs = || (plan.train.num_epochs * loader.steps_per_epoch() as f64).ceil() as usize;
+    plan.train.max_steps.unwrap_or_else(by_epochs)
+}
