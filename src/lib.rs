@@ -25,9 +25,9 @@ pub mod data;
 pub mod quant;
 
 pub mod device;
-pub mod random;
 pub mod kernels;
 pub mod nn;
+pub mod random;
 
 pub mod model;
 

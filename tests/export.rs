@@ -188,6 +188,22 @@ fn what_a_killed_process_left_is_cleaned_up_and_the_living_spared() {
     expected.sort();
     assert_eq!(names(dir.path()), expected);
     assert_eq!(clean_up(&at("missing")).unwrap().len(), 0);
+
+    fs::create_dir(at(".other.partial-1-0")).unwrap();
+    fs::create_dir(at(".merged.partial-1-0")).unwrap();
+    PartialDir::create(&at("merged"))
+        .unwrap()
+        .publish()
+        .unwrap();
+    let there = names(dir.path());
+    assert!(
+        there.contains(&".other.partial-1-0".to_owned()),
+        "{there:?}"
+    );
+    assert!(
+        !there.contains(&".merged.partial-1-0".to_owned()),
+        "{there:?}"
+    );
 }
 
 /// Runs the ignored test `name` of this binary in a process of its own.

@@ -9,6 +9,7 @@ use half::bf16;
 use lorafit::adapter::config::AdapterConfig;
 use lorafit::adapter::peft::{LoraPair, fit, read_adapter};
 use lorafit::adapter::target::Targeting;
+use lorafit::data::tokenize::ChatTokenizer;
 use lorafit::export::merged::{MergeError, MergeJob, merge, prepare};
 use lorafit::export::model::{DEFAULT_SHARD_SIZE, SaveDtype, write_model};
 use lorafit::export::peft::{ModelCard, write_adapter};
@@ -108,7 +109,7 @@ fn merged_weights_are_base_plus_delta() {
         assert_eq!(names_in(dir.path()), ["out"]);
         assert_eq!(
             json_file(&out.join("config.json")),
-            json_file(llama().join("config.json"))
+            json_file(&llama().join("config.json"))
         );
         let expected = slowly_merged(llama(), &adapter);
         let merged = Weights::open(&out).unwrap();
@@ -381,6 +382,58 @@ fn tied_embeddings_stay_tied() {
     let merged = Weights::open(&out).unwrap();
     assert_eq!(merged.shape("lm_head.weight"), None);
     check(&merged, &merged.config().unwrap()).unwrap();
+}
+
+#[test]
+fn a_gguf_base_becomes_a_hugging_face_model() {
+    let dir = tempfile::tempdir().unwrap();
+    let (base, out) = (
+        reference().join("quant/gguf/llama.gguf"),
+        dir.path().join("out"),
+    );
+    let adapter = adapter("all_linear", "adapter_final");
+    let report = merge(&job(&base, &adapter, &out), &mut |_| ()).unwrap();
+    assert_eq!(report.tokenizer_from.as_deref(), Some(base.as_path()));
+    let merged = Weights::open(&out).unwrap();
+    let config = merged.config().unwrap();
+    check(&merged, &config).unwrap();
+    assert_eq!(
+        json_file(&out.join("config.json"))["torch_dtype"],
+        "bfloat16"
+    );
+    assert!(
+        merged
+            .names()
+            .all(|name| merged.dtype(name) == Some(Dtype::BF16))
+    );
+    for (name, expected) in slowly_merged(&base, &adapter) {
+        for (x, y) in merged.read_f32(&name).unwrap().iter().zip(&expected) {
+            assert!(
+                (f64::from(*x) - y).abs() <= y.abs() / 256.0 + 1e-6,
+                "{name}: {x} {y}"
+            );
+        }
+    }
+    let original = ChatTokenizer::open(&base, None).unwrap();
+    let copied = ChatTokenizer::open(&out, None).unwrap();
+    let text = "the river runs to the sea";
+    assert_eq!(
+        copied.encode(text, true).unwrap(),
+        original.encode(text, true).unwrap()
+    );
+
+    let f32_out = dir.path().join("f32");
+    let job = MergeJob {
+        dtype: Some(SaveDtype::F32),
+        ..job(&base, &adapter, &f32_out)
+    };
+    merge(&job, &mut |_| ()).unwrap();
+    let exact = Weights::open(&f32_out).unwrap();
+    for (name, expected) in slowly_merged(&base, &adapter) {
+        for (x, y) in exact.read_f32(&name).unwrap().iter().zip(&expected) {
+            assert!((f64::from(*x) - y).abs() < 1e-6, "{name}: {x} {y}");
+        }
+    }
 }
 
 #[test]

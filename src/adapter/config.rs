@@ -291,7 +291,7 @@ struct Reader<'a> {
 
 impl<'a> Reader<'a> {
     fn config(&mut self) -> Option<AdapterConfig> {
-        if !self.json.contains_key("peft_type") {
+        if self.json.get("peft_type").is_none_or(Value::is_null) {
             self.faults
                 .push("peft_type is missing; expected \"LORA\"".to_owned());
         }

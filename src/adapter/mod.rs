@@ -8,3 +8,5 @@ pub mod inject;
 pub mod merge;
 pub mod peft;
 pub mod target;
+mod target_fault;
+mod target_written;

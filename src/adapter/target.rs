@@ -18,20 +18,16 @@
 //! `(?<!…)`), back-references, atomic groups, possessive quantifiers and a literal unescaped `{`,
 //! which Python takes, are refused with an error that says so.
 
-use std::collections::BTreeSet;
-use std::fmt;
-
 use regex::Regex;
 
+use super::target_fault::unused;
+pub use super::target_fault::{TargetError, TargetFault};
+pub use super::target_written::as_written;
 use crate::model::names;
 use crate::recipe::plan::{AdapterPlan, TargetModules};
 
 /// The shorthand for every linear layer but the output head.
 pub const ALL_LINEAR: &str = "all-linear";
-
-/// From this many names on, PEFT writes the shortest path ends instead of the names
-/// (`MIN_TARGET_MODULES_FOR_OPTIMIZATION`).
-const SHORTEN_FROM: usize = 20;
 
 /// The choice of modules, ranks and scalings, as recipes and `adapter_config.json` state it.
 #[derive(Debug, Clone, PartialEq)]
@@ -85,122 +81,23 @@ pub struct ModuleAdapter {
     pub scaling: f64,
 }
 
-/// Everything wrong with a choice of modules.
-#[derive(Debug, Clone, PartialEq, thiserror::Error)]
-pub struct TargetError {
-    /// The faults, at least one.
-    pub faults: Vec<TargetFault>,
-}
-
-impl fmt::Display for TargetError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for (i, fault) in self.faults.iter().enumerate() {
-            if i > 0 {
-                f.write_str("\n")?;
-            }
-            fault.fmt(f)?;
-        }
-        Ok(())
-    }
-}
-
-/// One fault of a choice of modules.
-#[derive(Debug, Clone, PartialEq, thiserror::Error)]
-pub enum TargetFault {
-    /// A regular expression that cannot be used.
-    #[error("{key}: cannot use the regular expression {pattern:?}: {cause}{}", regex_remedy(.pattern))]
-    Pattern {
-        /// The knob.
-        key: &'static str,
-        /// What stands there.
-        pattern: String,
-        /// What the regex crate says.
-        cause: String,
-    },
-    /// A listed name that matches no linear layer.
-    #[error("{key}: no linear layer is called {name:?}; {nearest}")]
-    UnknownName {
-        /// The knob.
-        key: &'static str,
-        /// What stands there.
-        name: String,
-        /// The names there are.
-        nearest: String,
-    },
-    /// A regular expression that matches no linear layer.
-    #[error("{key}: the pattern {pattern:?} matches no {among}; {nearest}")]
-    UnusedPattern {
-        /// The knob.
-        key: &'static str,
-        /// What stands there.
-        pattern: String,
-        /// What it was compared with.
-        among: &'static str,
-        /// The names there are.
-        nearest: String,
-    },
-    /// A layer that the model does not have.
-    #[error("layers_to_transform: no linear layer lies in layer {layer}; expected {expected}")]
-    UnknownLayer {
-        /// The index.
-        layer: usize,
-        /// The indices there are.
-        expected: String,
-    },
-    /// A regular expression beside `layers_to_transform` or `layers_pattern`.
-    #[error(
-        "{key}: cannot be combined with the regular expression in target_modules (nor can it in \
-         PEFT); put the layers into the expression or list module names"
-    )]
-    LayersWithPattern {
-        /// The knob.
-        key: &'static str,
-    },
-    /// `layers_pattern` alone.
-    #[error("layers_pattern: has no meaning without layers_to_transform; give both or neither")]
-    LayersPatternAlone,
-    /// Rank 0.
-    #[error("{key}: found rank 0; expected 1 or more")]
-    ZeroRank {
-        /// The knob, and the pattern where it stands in one.
-        key: String,
-    },
-    /// The knobs are right one by one but leave no module.
-    #[error(
-        "target_modules, exclude_modules and layers_to_transform together leave no linear layer to \
-         adapt; widen target_modules or drop a filter"
-    )]
-    Nothing,
-}
-
-/// What to do about a regular expression that only Python takes.
-fn regex_remedy(pattern: &str) -> &'static str {
-    let python_only = ["(?=", "(?!", "(?<=", "(?<!", "(?>", "(?P="];
-    if python_only.iter().any(|s| pattern.contains(s)) {
-        "; look-around, back-references and atomic groups of Python's re are not supported: list the \
-         module names instead"
-    } else {
-        ""
-    }
-}
-
 /// A [`Targeting`] with its regular expressions compiled.
 #[derive(Debug, Clone)]
 pub struct Matcher {
-    targets: Rule,
-    excluded: Option<Rule>,
+    pub(super) targets: Rule,
+    pub(super) excluded: Option<Rule>,
     /// Layer indices kept and the expressions that find an index, tried in order.
-    layers: Option<(Vec<usize>, Vec<Regex>)>,
+    pub(super) layers: Option<(Vec<usize>, Vec<Regex>)>,
     rank: usize,
     alpha: f64,
-    ranks: Vec<(Regex, usize)>,
-    alphas: Vec<(Regex, f64)>,
+    pub(super) ranks: Vec<(Regex, usize)>,
+    pub(super) alphas: Vec<(Regex, f64)>,
     use_rslora: bool,
 }
 
 /// How one knob names modules.
 #[derive(Debug, Clone)]
-enum Rule {
+pub(super) enum Rule {
     AllLinear,
     Whole(Regex),
     Ends(Vec<String>),
@@ -217,7 +114,7 @@ impl Rule {
         }
     }
 
-    fn matches(&self, module: &str) -> bool {
+    pub(super) fn matches(&self, module: &str) -> bool {
         match self {
             Self::AllLinear => !ends_with(module, names::HEAD),
             Self::Whole(regex) => regex.is_match(module),
@@ -232,7 +129,7 @@ impl Rule {
 }
 
 /// Whether `name` is the path or its end after a dot.
-fn ends_with(module: &str, name: &str) -> bool {
+pub(super) fn ends_with(module: &str, name: &str) -> bool {
     module
         .strip_suffix(name)
         .is_some_and(|head| head.is_empty() || head.ends_with('.'))
@@ -385,7 +282,8 @@ fn layer_regexes(patterns: &[String], faults: &mut Vec<TargetFault>) -> Vec<Rege
         .collect()
 }
 
-fn layer_index(regexes: &[Regex], module: &str) -> Option<usize> {
+/// The first number that an expression finds.
+pub(super) fn layer_index(regexes: &[Regex], module: &str) -> Option<usize> {
     let found = regexes.iter().find_map(|regex| regex.captures(module))?;
     found.name("idx")?.as_str().parse().ok()
 }
@@ -434,213 +332,11 @@ pub fn select(
     }
 }
 
-/// Names, layers and patterns without effect.
-fn unused(
-    targeting: &Targeting,
-    matcher: &Matcher,
-    linear: &[String],
-    selected: &[ModuleAdapter],
-) -> Vec<TargetFault> {
-    let mut faults = Vec::new();
-    unused_modules(
-        "target_modules",
-        &targeting.target_modules,
-        &matcher.targets,
-        linear,
-        &mut faults,
-    );
-    if let (Some(modules), Some(rule)) = (&targeting.exclude_modules, &matcher.excluded) {
-        unused_modules("exclude_modules", modules, rule, linear, &mut faults);
-    }
-    if let Some((kept, regexes)) = &matcher.layers {
-        let there: BTreeSet<usize> = linear
-            .iter()
-            .filter_map(|module| layer_index(regexes, module))
-            .collect();
-        for &layer in kept.iter().filter(|layer| !there.contains(layer)) {
-            faults.push(TargetFault::UnknownLayer {
-                layer,
-                expected: span(&there),
-            });
-        }
-    }
-    if selected.is_empty() && faults.is_empty() {
-        faults.push(TargetFault::Nothing);
-    }
-    if selected.is_empty() {
-        return faults;
-    }
-    let paths: Vec<String> = selected
-        .iter()
-        .map(|adapter| adapter.module.clone())
-        .collect();
-    let mut check = |key, pattern: &str, regex: &Regex| {
-        if !paths.iter().any(|path| regex.is_match(path)) {
-            faults.push(TargetFault::UnusedPattern {
-                key,
-                pattern: pattern.to_owned(),
-                among: "adapted module",
-                nearest: nearest(pattern, &paths),
-            });
-        }
-    };
-    for ((pattern, _), (regex, _)) in targeting.rank_pattern.iter().zip(&matcher.ranks) {
-        check("rank_pattern", pattern, regex);
-    }
-    for ((pattern, _), (regex, _)) in targeting.alpha_pattern.iter().zip(&matcher.alphas) {
-        check("alpha_pattern", pattern, regex);
-    }
-    faults
-}
-
-fn unused_modules(
-    key: &'static str,
-    modules: &TargetModules,
-    rule: &Rule,
-    linear: &[String],
-    faults: &mut Vec<TargetFault>,
-) {
-    match modules {
-        TargetModules::Names(names) => {
-            for name in names {
-                if !linear.iter().any(|module| ends_with(module, name)) {
-                    let nearest = nearest(name, linear);
-                    faults.push(TargetFault::UnknownName {
-                        key,
-                        name: name.clone(),
-                        nearest,
-                    });
-                }
-            }
-        }
-        TargetModules::Pattern(pattern) => {
-            if !linear.iter().any(|module| rule.matches(module)) {
-                faults.push(TargetFault::UnusedPattern {
-                    key,
-                    pattern: pattern.clone(),
-                    among: "linear layer",
-                    nearest: nearest(pattern, linear),
-                });
-            }
-        }
-    }
-}
-
-/// "did you mean …" and the names there are: the last parts of the paths, or for a dotted name
-/// whole paths.
-fn nearest(name: &str, modules: &[String]) -> String {
-    let ends: BTreeSet<&str> = modules
-        .iter()
-        .filter_map(|module| module.rsplit('.').next())
-        .collect();
-    let closest = if name.contains('.') {
-        best(name, modules.iter().map(String::as_str))
-    } else {
-        best(name, ends.iter().copied())
-    };
-    let all = ends.into_iter().collect::<Vec<_>>().join(", ");
-    match closest {
-        Some(closest) => format!("did you mean {closest:?}? the linear layers are {all}"),
-        None => format!("the linear layers are {all}"),
-    }
-}
-
-fn best<'a>(name: &str, candidates: impl Iterator<Item = &'a str>) -> Option<&'a str> {
-    candidates
-        .map(|candidate| (strsim::jaro_winkler(name, candidate), candidate))
-        .filter(|(likeness, _)| *likeness > 0.7)
-        .max_by(|x, y| x.0.total_cmp(&y.0))
-        .map(|(_, candidate)| candidate)
-}
-
-fn span(layers: &BTreeSet<usize>) -> String {
-    match (layers.first(), layers.last()) {
-        (Some(first), Some(last)) => format!("{first} to {last}"),
-        _ => "no index: the module paths hold no layer numbers".to_owned(),
-    }
-}
-
-/// The choice as PEFT would write it into `adapter_config.json` for this model.
-///
-/// `all-linear` becomes the module paths; 20 names or more become the shortest path ends that tell
-/// them from the other modules.
-///
-/// # Errors
-/// As [`select`].
-pub fn as_written(targeting: &Targeting, linear: &[String]) -> Result<Targeting, TargetError> {
-    let mut written = targeting.clone();
-    if matches!(&targeting.target_modules, TargetModules::Pattern(p) if p.eq_ignore_ascii_case(ALL_LINEAR))
-    {
-        let chosen = Targeting {
-            exclude_modules: None,
-            ..targeting.clone()
-        };
-        let paths = select(&chosen, linear)?
-            .into_iter()
-            .map(|adapter| adapter.module);
-        // The paths are chosen layer by layer already, and PEFT does not filter whole paths.
-        written.layers_to_transform = None;
-        written.layers_pattern.clear();
-        written.target_modules = TargetModules::Names(paths.collect());
-    }
-    if let TargetModules::Names(names) = &mut written.target_modules {
-        names.sort();
-        names.dedup();
-        if names.len() >= SHORTEN_FROM {
-            let short = shortest_ends(names, linear);
-            if short.len() < names.len() {
-                *names = short;
-            }
-        }
-    }
-    Ok(written)
-}
-
-/// PEFT's `_find_minimal_target_modules`: path ends that cover `names` and nothing else.
-fn shortest_ends(names: &[String], linear: &[String]) -> Vec<String> {
-    let others: BTreeSet<&str> = (linear.iter())
-        .flat_map(|module| with_ancestors(module))
-        .filter(|path| !names.iter().any(|name| ends_with(path, name)))
-        .flat_map(ends)
-        .collect();
-    let mut sorted: Vec<(Vec<&str>, &String)> = names
-        .iter()
-        .map(|name| (ends(name).collect(), name))
-        .collect();
-    sorted.sort();
-    let mut kept = BTreeSet::new();
-    for (ends, name) in sorted {
-        for end in ends {
-            if kept.contains(end) || others.contains(end) {
-                continue;
-            }
-            let covered = kept.iter().any(|k: &&str| *k != name && ends_with(name, k));
-            if !covered {
-                kept.insert(end);
-                break;
-            }
-        }
-    }
-    kept.into_iter().map(str::to_owned).collect()
-}
-
-/// A path and the modules that contain it.
-fn with_ancestors(path: &str) -> impl Iterator<Item = &str> {
-    let dots = path.match_indices('.').map(move |(i, _)| &path[..i]);
-    dots.chain([path])
-}
-
-/// The ends of a path at dots, shortest first.
-fn ends(path: &str) -> impl Iterator<Item = &str> {
-    let dots = path.rmatch_indices('.').map(move |(i, _)| &path[i + 1..]);
-    dots.chain([path])
-}
-
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
 
-    fn llama(layers: usize) -> Vec<String> {
+    pub(in crate::adapter) fn llama(layers: usize) -> Vec<String> {
         let parts = ["self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj"];
         let blocks = (0..layers).flat_map(|l| parts.map(|part| format!("model.layers.{l}.{part}")));
         blocks.chain(["lm_head".to_owned()]).collect()
@@ -660,17 +356,17 @@ mod tests {
         }
     }
 
-    fn named(names: &[&str]) -> Targeting {
+    pub(in crate::adapter) fn named(names: &[&str]) -> Targeting {
         targeting(TargetModules::Names(
             names.iter().map(|n| (*n).to_owned()).collect(),
         ))
     }
 
-    fn regex(pattern: &str) -> Targeting {
+    pub(in crate::adapter) fn regex(pattern: &str) -> Targeting {
         targeting(TargetModules::Pattern(pattern.to_owned()))
     }
 
-    fn paths(targeting: &Targeting, linear: &[String]) -> Vec<String> {
+    pub(in crate::adapter) fn paths(targeting: &Targeting, linear: &[String]) -> Vec<String> {
         select(targeting, linear)
             .unwrap()
             .into_iter()
@@ -786,31 +482,5 @@ mod tests {
         let mut t = regex(".*_proj");
         t.layers_to_transform = Some(vec![0]);
         assert!(error(&t).contains("cannot be combined"));
-    }
-
-    #[test]
-    fn many_names_are_written_as_short_ends() {
-        let TargetModules::Names(few) = as_written(&regex(ALL_LINEAR), &llama(2))
-            .unwrap()
-            .target_modules
-        else {
-            panic!("names")
-        };
-        let mut sorted = llama(2)[..6].to_vec();
-        sorted.sort();
-        assert_eq!(few, sorted);
-        let written = as_written(&regex(ALL_LINEAR), &llama(7)).unwrap();
-        assert_eq!(written, named(&["q_proj", "up_proj", "v_proj"]));
-    }
-
-    #[test]
-    fn layers_of_all_linear_survive_writing() {
-        for layers in [9, 2] {
-            let mut t = regex(ALL_LINEAR);
-            t.layers_to_transform = Some((1..layers).collect());
-            let linear = llama(10);
-            let written = as_written(&t, &linear).unwrap();
-            assert_eq!(paths(&written, &linear), paths(&t, &linear));
-        }
     }
 }

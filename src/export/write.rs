@@ -216,12 +216,14 @@ pub struct PartialDir {
 }
 
 impl PartialDir {
-    /// Starts a directory that will become `target`; the directories above are created.
+    /// Starts a directory that will become `target`; the directories above are created, and what
+    /// a killed process left of the same target is cleaned up.
     ///
     /// # Errors
     /// What the system says.
     pub fn create(target: &Path) -> Result<Self, WriteError> {
         create_dir(parent(target))?;
+        clean_up_after(parent(target), target.file_name())?;
         let (path, ()) = unused_sibling(target, |candidate| fs::create_dir(candidate))?;
         let lock = File::open(&path).ok();
         if let Some(handle) = &lock {
@@ -321,6 +323,11 @@ const REPLACED: &str = "replaced";
 /// # Errors
 /// What the system says.
 pub fn clean_up(dir: &Path) -> Result<Vec<PathBuf>, WriteError> {
+    clean_up_after(dir, None)
+}
+
+/// [`clean_up`] for what would have become `only`, or for everything.
+fn clean_up_after(dir: &Path, only: Option<&OsStr>) -> Result<Vec<PathBuf>, WriteError> {
     let entries = match fs::read_dir(dir) {
         Ok(entries) => entries,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
@@ -330,7 +337,10 @@ pub fn clean_up(dir: &Path) -> Result<Vec<PathBuf>, WriteError> {
     for entry in entries {
         let entry = entry.map_err(|e| WriteError::io("read directory", dir, e))?;
         let (path, name) = (entry.path(), entry.file_name());
-        if let Some(target) = name_before(&name, REPLACED).map(|name| dir.join(name)) {
+        let left_of = |kind| {
+            name_before(&name, kind).filter(|name| only.is_none_or(|only| only == OsStr::new(name)))
+        };
+        if let Some(target) = left_of(REPLACED).map(|name| dir.join(name)) {
             if is_taken(&target) {
                 remove_all(&path)?;
                 touched.push(path);
@@ -338,7 +348,7 @@ pub fn clean_up(dir: &Path) -> Result<Vec<PathBuf>, WriteError> {
                 fs::rename(&path, &target).map_err(|e| WriteError::io("restore", &target, e))?;
                 touched.push(target);
             }
-        } else if name_before(&name, PARTIAL).is_some() && is_abandoned(&path) {
+        } else if left_of(PARTIAL).is_some() && is_abandoned(&path) {
             remove_all(&path)?;
             touched.push(path);
         }

@@ -92,7 +92,9 @@ pub fn reference(q: Tensor<2>, k: Tensor<2>, v: Tensor<2>, heads: Heads) -> Tens
     let hidden = key
         .expand([t, s])
         .greater(query.add_scalar((s - t) as i64).expand([t, s]));
-    let hidden = hidden.reshape([1, 1, t, s]).expand([b * kv_heads, group, t, s]);
+    let hidden = hidden
+        .reshape([1, 1, t, s])
+        .expand([b * kv_heads, group, t, s]);
     // Finite instead of -inf: some devices turn inf - inf into NaN in the backward pass.
     let scores = scores.mask_fill(hidden, -1e30);
     let out = activation::softmax(scores, 3)
@@ -244,10 +246,8 @@ pub(super) fn maximum(values: &[f32]) -> f32 {
         }
     }
     let largest = |a: f32, b: &f32| if a > *b { a } else { *b };
-    rest.iter().fold(
-        lanes.iter().fold(f32::NEG_INFINITY, largest),
-        largest,
-    )
+    rest.iter()
+        .fold(lanes.iter().fold(f32::NEG_INFINITY, largest), largest)
 }
 
 /// The sum, in lanes that become vector code.
@@ -333,7 +333,12 @@ impl BackwardPass<'_> {
         (head, kv_head): (usize, usize),
         first: usize,
     ) {
-        let Sizes { t, s, q_width, kv_width } = self.sizes;
+        let Sizes {
+            t,
+            s,
+            q_width,
+            kv_width,
+        } = self.sizes;
         let d = self.heads.head_dim;
         let rows = BLOCK.min(t - first);
         let seen = self.sizes.visible(first + rows - 1);
@@ -347,12 +352,21 @@ impl BackwardPass<'_> {
             buffer.clear();
             buffer.resize(rows * seen, 0f32);
         }
-        flex::matmul(probs, seen, Store::Set, self.heads.scale, (queries, keys.t()), one);
+        flex::matmul(
+            probs,
+            seen,
+            Store::Set,
+            self.heads.scale,
+            (queries, keys.t()),
+            one,
+        );
         flex::matmul(d_scores, seen, Store::Set, 1.0, (grads, values.t()), one);
         let lse_at = (sample * self.heads.heads + head) * t + first;
         let arch = pulp::Arch::new();
         arch.dispatch(|| {
-            let rows = probs.chunks_exact_mut(seen).zip(d_scores.chunks_exact_mut(seen));
+            let rows = probs
+                .chunks_exact_mut(seen)
+                .zip(d_scores.chunks_exact_mut(seen));
             for (i, (p, ds)) in rows.enumerate() {
                 let at = place + i * q_width;
                 let (o, g) = (&self.out[at..at + d], &self.grad[at..at + d]);
@@ -361,13 +375,20 @@ impl BackwardPass<'_> {
                 scores_backward((p, ds), visible, self.lse[lse_at + i], delta);
             }
         });
-        let (p, ds) = (Matrix::new(probs, rows, seen), Matrix::new(d_scores, rows, seen));
+        let (p, ds) = (
+            Matrix::new(probs, rows, seen),
+            Matrix::new(d_scores, rows, seen),
+        );
         let kv_place = sample * s * kv_width + kv_head * d;
         let scale = self.heads.scale;
         // SAFETY: dq's rows belong to this block and head; dk's and dv's columns of a sample and
         // key head belong to the one task that runs all its blocks in turn.
         unsafe {
-            let (dq, dk, dv) = (self.dq.at(place), self.dk.at(kv_place), self.dv.at(kv_place));
+            let (dq, dk, dv) = (
+                self.dq.at(place),
+                self.dk.at(kv_place),
+                self.dv.at(kv_place),
+            );
             flex::matmul_raw(dq, q_width, Store::Set, scale, (ds, keys), one);
             flex::matmul_raw(dk, kv_width, Store::Add, scale, (ds.t(), queries), one);
             flex::matmul_raw(dv, kv_width, Store::Add, 1.0, (p.t(), grads), one);

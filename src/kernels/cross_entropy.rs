@@ -61,9 +61,8 @@ pub fn reference(hidden: Tensor<2>, weight: Tensor<2>, targets: &[i32]) -> Tenso
         return hidden.sum().mul_scalar(0.0);
     }
     let n = labelled.len();
-    let ints = |values: Vec<i32>| {
-        Tensor::<1, Int>::from_data(TensorData::new(values, [n]), &device)
-    };
+    let ints =
+        |values: Vec<i32>| Tensor::<1, Int>::from_data(TensorData::new(values, [n]), &device);
     let wanted: Vec<i32> = labelled.iter().map(|&row| targets[row]).collect();
     let rows = ints(labelled.iter().map(|&row| row as i32).collect());
     let logits = hidden.select(0, rows).matmul(weight.transpose()); // [n, V]
@@ -189,11 +188,7 @@ pub(super) fn tracked<B: KernelGradients, C: CheckpointStrategy>(
     }
 }
 
-pub(super) fn loss_only(
-    hidden: FlexTensor,
-    weight: FlexTensor,
-    targets: &[i32],
-) -> FlexTensor {
+pub(super) fn loss_only(hidden: FlexTensor, weight: FlexTensor, targets: &[i32]) -> FlexTensor {
     let wants = Wants {
         hidden: false,
         weight: false,

@@ -86,7 +86,16 @@ pub(super) fn matmul(
     assert_eq!(k, rhs.rows);
     assert!(m == 0 || n == 0 || (m - 1) * dst_stride + n <= dst.len());
     // SAFETY: both matrices were checked against their slices when made, `dst` just above.
-    unsafe { matmul_raw(dst.as_mut_ptr(), dst_stride, store, factor, (lhs, rhs), threads) }
+    unsafe {
+        matmul_raw(
+            dst.as_mut_ptr(),
+            dst_stride,
+            store,
+            factor,
+            (lhs, rhs),
+            threads,
+        )
+    }
 }
 
 /// [`matmul`] into memory that other threads write elsewhere.

@@ -81,10 +81,31 @@ pub(super) fn forward(
     let mut low = vec![0f32; n * rank];
     let mut y = vec![0f32; n * out];
     let all = ALL_THREADS;
-    flex::matmul(&mut low, rank, Store::Set, 1.0, (matrix(&x), matrix(&a).t()), all);
-    flex::matmul(&mut y, out, Store::Set, 1.0, (matrix(&x), matrix(&weight).t()), all);
+    flex::matmul(
+        &mut low,
+        rank,
+        Store::Set,
+        1.0,
+        (matrix(&x), matrix(&a).t()),
+        all,
+    );
+    flex::matmul(
+        &mut y,
+        out,
+        Store::Set,
+        1.0,
+        (matrix(&x), matrix(&weight).t()),
+        all,
+    );
     let low_matrix = Matrix::new(&low, n, rank);
-    flex::matmul(&mut y, out, Store::Add, scaling, (low_matrix, matrix(&b).t()), all);
+    flex::matmul(
+        &mut y,
+        out,
+        Store::Add,
+        scaling,
+        (low_matrix, matrix(&b).t()),
+        all,
+    );
     (flex::tensor(y, [n, out]), flex::tensor(low, [n, rank]))
 }
 
@@ -104,16 +125,34 @@ pub(super) fn backward(
     flex::matmul(&mut g_low, rank, Store::Set, scaling, (g, matrix(&b)), all);
     let g_low = Matrix::new(&g_low, n, rank);
     let mut da = vec![0f32; rank * input];
-    flex::matmul(&mut da, input, Store::Set, 1.0, (g_low.t(), matrix(&x)), all);
+    flex::matmul(
+        &mut da,
+        input,
+        Store::Set,
+        1.0,
+        (g_low.t(), matrix(&x)),
+        all,
+    );
     let mut db = vec![0f32; out * rank];
-    flex::matmul(&mut db, rank, Store::Set, scaling, (g.t(), matrix(&low)), all);
+    flex::matmul(
+        &mut db,
+        rank,
+        Store::Set,
+        scaling,
+        (g.t(), matrix(&low)),
+        all,
+    );
     let dx = wants_x.then(|| {
         let mut dx = vec![0f32; n * input];
         flex::matmul(&mut dx, input, Store::Set, 1.0, (g, matrix(&weight)), all);
         flex::matmul(&mut dx, input, Store::Add, 1.0, (g_low, matrix(&a)), all);
         flex::tensor(dx, [n, input])
     });
-    (dx, flex::tensor(da, [rank, input]), flex::tensor(db, [out, rank]))
+    (
+        dx,
+        flex::tensor(da, [rank, input]),
+        flex::tensor(db, [out, rank]),
+    )
 }
 
 #[derive(Debug)]

@@ -6,8 +6,8 @@
 //! All of them store and compute in f32.
 
 pub mod attention;
-pub mod cross_entropy;
 mod backends;
+pub mod cross_entropy;
 mod flex;
 pub mod lora_linear;
 pub mod rms_norm;

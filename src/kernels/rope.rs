@@ -36,10 +36,7 @@ pub fn reference(x: Tensor<2>, cos: Tensor<2>, sin: Tensor<2>) -> Tensor<2> {
     let heads = width / (2 * half);
     let x = x.reshape([n, heads, 2, half]); // [N, heads, 2, Dh/2]
     let (x1, x2) = (x.clone().narrow(2, 0, 1), x.narrow(2, 1, 1));
-    let (cos, sin) = (
-        cos.reshape([n, 1, 1, half]),
-        sin.reshape([n, 1, 1, half]),
-    );
+    let (cos, sin) = (cos.reshape([n, 1, 1, half]), sin.reshape([n, 1, 1, half]));
     let y1 = x1.clone() * cos.clone() - x2.clone() * sin.clone();
     let y2 = x2 * cos + x1 * sin;
     Tensor::cat(vec![y1, y2], 2).reshape([n, width])

@@ -24,7 +24,10 @@ fn assert_close<const D: usize>(name: &str, got: Tensor<D>, want: Tensor<D>) {
     assert_eq!(got.dims(), want.dims(), "{name}");
     let scale = want.clone().abs().max().into_scalar::<f32>().max(1.0);
     let worst = (got - want).abs().max().into_scalar::<f32>();
-    assert!(worst <= TOLERANCE * scale, "{name}: off by {worst} (scale {scale})");
+    assert!(
+        worst <= TOLERANCE * scale,
+        "{name}: off by {worst} (scale {scale})"
+    );
 }
 
 /// Compares output and gradients of two functions of the same inputs, under a random upstream.
@@ -120,7 +123,11 @@ fn attention_equals_its_reference() {
         };
         compare(
             &format!("attention {heads:?} {t}x{s}"),
-            &[random([b * t, h * d]), random([b * s, k * d]), random([b * s, k * d])],
+            &[
+                random([b * t, h * d]),
+                random([b * s, k * d]),
+                random([b * s, k * d]),
+            ],
             |x| attention(x[0].clone(), x[1].clone(), x[2].clone(), heads),
             |x| attention::reference(x[0].clone(), x[1].clone(), x[2].clone(), heads),
         );
@@ -134,8 +141,20 @@ fn lora_linear_equals_its_reference() {
         let weight: Tensor<2> = random([out, input]);
         compare(
             &format!("lora_linear {n}x{input}x{out} rank {rank}"),
-            &[random([n, input]), random([rank, input]), random([out, rank])],
-            |x| lora_linear(x[0].clone(), weight.clone(), x[1].clone(), x[2].clone(), 0.7),
+            &[
+                random([n, input]),
+                random([rank, input]),
+                random([out, rank]),
+            ],
+            |x| {
+                lora_linear(
+                    x[0].clone(),
+                    weight.clone(),
+                    x[1].clone(),
+                    x[2].clone(),
+                    0.7,
+                )
+            },
             |x| {
                 let adapter = (x[1].clone(), x[2].clone());
                 lora_linear::reference(x[0].clone(), x[0].clone(), weight.clone(), adapter, 0.7)
@@ -149,18 +168,19 @@ fn cross_entropy_equals_its_reference() {
     device();
     for (n, d, v) in [(1, 2, 3), (9, 16, 50), (70, 24, 301)] {
         let targets: Arc<[i32]> = (0..n as i32)
-            .map(|i| if i % 4 == 1 { -100 } else { (i * 37) % v as i32 })
+            .map(|i| {
+                if i % 4 == 1 {
+                    -100
+                } else {
+                    (i * 37) % v as i32
+                }
+            })
             .collect();
         compare(
             &format!("cross entropy {n}x{d}x{v}"),
             &[random([n, d]), random([v, d])],
-            |x| {
-                linear_cross_entropy(x[0].clone(), x[1].clone(), targets.clone())
-                    .reshape([1, 1])
-            },
-            |x| {
-                cross_entropy::reference(x[0].clone(), x[1].clone(), &targets).reshape([1, 1])
-            },
+            |x| linear_cross_entropy(x[0].clone(), x[1].clone(), targets.clone()).reshape([1, 1]),
+            |x| cross_entropy::reference(x[0].clone(), x[1].clone(), &targets).reshape([1, 1]),
         );
     }
 }

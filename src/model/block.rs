@@ -29,9 +29,7 @@ impl Block {
         dropout: Option<Dropout>,
     ) -> Tensor<2> {
         let normed = self.input_layernorm.forward(x.clone());
-        let x = x + self
-            .self_attn
-            .forward(normed, batch, rope, cache, dropout);
+        let x = x + self.self_attn.forward(normed, batch, rope, cache, dropout);
         let normed = self.post_attention_layernorm.forward(x.clone());
         x + self.mlp.forward(normed, dropout)
     }
@@ -40,9 +38,11 @@ impl Block {
     pub fn linears(&mut self) -> Vec<(String, &mut LoraLinear)> {
         let attention = self.self_attn.linears();
         let mlp = self.mlp.linears();
-        (attention.into_iter().map(|(n, l)| (format!("self_attn.{n}"), l)))
-            .chain(mlp.into_iter().map(|(n, l)| (format!("mlp.{n}"), l)))
-            .collect()
+        (attention
+            .into_iter()
+            .map(|(n, l)| (format!("self_attn.{n}"), l)))
+        .chain(mlp.into_iter().map(|(n, l)| (format!("mlp.{n}"), l)))
+        .collect()
     }
 
     /// Visits every tensor under `path`.

@@ -22,8 +22,7 @@ impl Mlp {
     pub fn forward(&self, x: Tensor<2>, dropout: Option<Dropout>) -> Tensor<2> {
         let gate = self.gate_proj.forward(x.clone(), dropout); // [N, F]
         let up = self.up_proj.forward(x, dropout); // [N, F]
-        self.down_proj
-            .forward(kernels::swiglu(gate, up), dropout)
+        self.down_proj.forward(kernels::swiglu(gate, up), dropout)
     }
 
     /// The linear layers with their names.
