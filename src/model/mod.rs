@@ -10,6 +10,8 @@ pub mod config;
 mod config_json;
 pub mod gguf;
 pub mod hub;
+mod hub_download;
+mod hub_error;
 pub mod names;
 mod shard;
 mod tensor_reader;

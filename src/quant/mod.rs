@@ -2,3 +2,4 @@
 
 pub mod blocks;
 pub mod gguf;
+mod gguf_parse;
