@@ -196,7 +196,7 @@ pub(super) fn forward(
             let lse_at = (sample * heads.heads + head) * t + first;
             for (i, row) in scores.chunks_exact_mut(seen).enumerate() {
                 let visible = sizes.visible(first + i);
-                let value = arch.dispatch(|| softmax_row(row, visible));
+                let value = arch.dispatch(#[inline(always)] || softmax_row(row, visible));
                 // SAFETY: each task owns the rows of its block and head.
                 unsafe { *lse_ptr.at(lse_at + i) = value };
             }
@@ -363,7 +363,7 @@ impl BackwardPass<'_> {
         flex::matmul(d_scores, seen, Store::Set, 1.0, (grads, values.t()), one);
         let lse_at = (sample * self.heads.heads + head) * t + first;
         let arch = pulp::Arch::new();
-        arch.dispatch(|| {
+        arch.dispatch(#[inline(always)] || {
             let rows = probs
                 .chunks_exact_mut(seen)
                 .zip(d_scores.chunks_exact_mut(seen));

@@ -58,7 +58,7 @@ pub(super) fn rotate(x: FlexTensor, cos: FlexTensor, sin: FlexTensor, sign: f32)
     out.par_chunks_mut(rows * width)
         .enumerate()
         .for_each(|(task, out)| {
-            arch.dispatch(|| {
+            arch.dispatch(#[inline(always)] || {
                 for (i, row) in out.chunks_exact_mut(width).enumerate() {
                     let at = (task * rows + i) * half;
                     let (cos, sin) = (&cos[at..at + half], &sin[at..at + half]);

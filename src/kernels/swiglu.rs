@@ -50,7 +50,7 @@ pub(super) fn forward(gate: FlexTensor, up: FlexTensor) -> FlexTensor {
         .zip(flex::elements(&gate).par_chunks(TASK))
         .zip(flex::elements(&up).par_chunks(TASK))
         .for_each(|((out, gate), up)| {
-            arch.dispatch(|| {
+            arch.dispatch(#[inline(always)] || {
                 for ((y, g), u) in out.iter_mut().zip(gate).zip(up) {
                     *y = g * sigmoid(*g) * u;
                 }
@@ -79,7 +79,7 @@ pub(super) fn backward(
         .zip(flex::elements(&up).par_chunks(TASK))
         .zip(flex::elements(&grad).par_chunks(TASK))
         .for_each(|((((d_gate, d_up), gate), up), grad)| {
-            arch.dispatch(|| {
+            arch.dispatch(#[inline(always)] || {
                 let outputs = d_gate.iter_mut().zip(d_up);
                 for (((dg, du), (g, u)), dy) in outputs.zip(gate.iter().zip(up)).zip(grad) {
                     let s = sigmoid(*g);
