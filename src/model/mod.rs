@@ -4,7 +4,9 @@
 //! tensors, [`names`] holds every rename.
 
 pub mod config;
+mod config_check;
 mod config_json;
+mod config_write;
 pub mod gguf;
 pub mod hub;
 mod hub_download;
