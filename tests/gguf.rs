@@ -250,7 +250,7 @@ fn llama_3_frequency_factors_become_llama3_scaling_in_config_json() {
 }
 
 #[test]
-fn tied_biased_and_foreign_files_are_told_apart() {
+fn tied_heads_biases_and_surplus_tensors_are_seen() {
     let mut file = Rewritten::golden();
     file.tensors.retain(|(name, _, _)| name != "output.weight");
     let config = file.open().unwrap().1.config().unwrap();
@@ -279,7 +279,10 @@ fn tied_biased_and_foreign_files_are_told_apart() {
     let (_dir, weights) = file.open().unwrap();
     let error = check(&weights, &config).unwrap_err().to_string();
     assert!(error.contains("extra: blk.0.surplus.weight [1]"), "{error}");
+}
 
+#[test]
+fn metadata_that_cannot_be_served_is_named() {
     for (key, value, expected) in [
         (
             "general.architecture",

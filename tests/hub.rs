@@ -127,57 +127,81 @@ fn answer(
     log.lock().unwrap().push(format!("{method} {path}"));
     assert!(authorized, "the token is sent");
 
-    let mut respond = |status: &str, headers: &str, length: usize, body: &[u8]| {
-        let head = format!(
-            "HTTP/1.1 {status}\r\n{headers}content-length: {length}\r\nconnection: close\r\n\r\n"
-        );
-        stream.write_all(head.as_bytes())?;
-        if method != "HEAD" {
-            stream.write_all(body)?;
+    let reply = reply(method, path, files, mood);
+    let length = reply.announced.unwrap_or(reply.body.len());
+    let (status, headers) = (reply.status, reply.headers);
+    let head = format!(
+        "HTTP/1.1 {status}\r\n{headers}content-length: {length}\r\nconnection: close\r\n\r\n"
+    );
+    stream.write_all(head.as_bytes())?;
+    if method != "HEAD" {
+        stream.write_all(&reply.body)?;
+    }
+    stream.flush()
+}
+
+struct Reply {
+    status: &'static str,
+    headers: String,
+    body: Vec<u8>,
+    /// `Content-Length`, where it is not the body's.
+    announced: Option<usize>,
+}
+
+impl Reply {
+    fn new(status: &'static str, headers: &str, body: &[u8]) -> Self {
+        Self {
+            status,
+            headers: headers.into(),
+            body: body.into(),
+            announced: None,
         }
-        stream.flush()
+    }
+}
+
+fn reply(method: &str, path: &str, files: &BTreeMap<String, Vec<u8>>, mood: Mood) -> Reply {
+    let not_found = |code| {
+        let headers = format!("x-error-code: {code}\r\n");
+        Reply::new("404 Not Found", &headers, b"")
     };
     match mood {
         Mood::Refuses(code) => {
             let headers = format!("x-error-code: {code}\r\nx-error-message: you may not\r\n");
-            return respond("401 Unauthorized", &headers, 0, b"");
+            return Reply::new("401 Unauthorized", &headers, b"");
         }
-        Mood::Forbids => return respond("403 Forbidden", "", 0, b""),
-        Mood::Ignorant => {
-            return respond("404 Not Found", "x-error-code: RepoNotFound\r\n", 0, b"");
-        }
-        Mood::Busy => return respond("503 Service Unavailable", "", 0, b""),
+        Mood::Forbids => return Reply::new("403 Forbidden", "", b""),
+        Mood::Ignorant => return not_found("RepoNotFound"),
+        Mood::Busy => return Reply::new("503 Service Unavailable", "", b""),
         _ => {}
     }
     if let Some(revision) = path.strip_prefix(&format!("/api/models/{MODEL}/revision/")) {
         if !["main", COMMIT].contains(&revision) {
-            return respond(
-                "404 Not Found",
-                "x-error-code: RevisionNotFound\r\n",
-                0,
-                b"",
-            );
+            return not_found("RevisionNotFound");
         }
-        let siblings: Vec<_> = files
-            .keys()
-            .map(|name| json!({"rfilename": name}))
-            .collect();
+        let sibling = |name| json!({"rfilename": name});
+        let siblings: Vec<_> = files.keys().map(sibling).collect();
         let info = json!({"id": MODEL, "sha": COMMIT, "siblings": siblings}).to_string();
-        let headers = "content-type: application/json\r\n";
-        return respond("200 OK", headers, info.len(), info.as_bytes());
+        return Reply::new(
+            "200 OK",
+            "content-type: application/json\r\n",
+            info.as_bytes(),
+        );
     }
     let file = path.strip_prefix(&format!("/{MODEL}/resolve/{COMMIT}/"));
     let Some((name, bytes)) = file.and_then(|file| files.get_key_value(file)) else {
-        return respond("404 Not Found", "x-error-code: EntryNotFound\r\n", 0, b"");
+        return not_found("EntryNotFound");
     };
     let headers = format!("etag: \"etag-of-{name}\"\r\nx-repo-commit: {COMMIT}\r\n");
     match mood {
-        Mood::Breaks => respond("200 OK", &headers, bytes.len(), &bytes[..bytes.len() / 2]),
+        Mood::Breaks => Reply {
+            announced: Some(bytes.len()),
+            ..Reply::new("200 OK", &headers, &bytes[..bytes.len() / 2])
+        },
         Mood::Lies if method == "GET" => {
             let page = vec![b'<'; bytes.len()];
-            respond("500 Internal Server Error", &headers, page.len(), &page)
+            Reply::new("500 Internal Server Error", &headers, &page)
         }
-        _ => respond("200 OK", &headers, bytes.len(), bytes),
+        _ => Reply::new("200 OK", &headers, bytes),
     }
 }
 
@@ -205,7 +229,7 @@ fn llama_hub() -> Hub {
 }
 
 #[test]
-fn only_what_is_read_is_downloaded_and_then_the_cache_serves() {
+fn only_what_is_read_is_downloaded() {
     let hub = llama_hub();
     let mut events: Vec<Progress> = Vec::new();
     let dir = locate_with(MODEL, "main", &hub.options(), &mut |event| {
@@ -243,7 +267,13 @@ fn only_what_is_read_is_downloaded_and_then_the_cache_serves() {
     assert!(weights.is_sorted_by_key(|event| event.done));
     let last = weights.last().unwrap();
     assert_eq!((last.done, last.total), (size, size));
+}
 
+#[test]
+fn the_cache_serves_what_was_downloaded() {
+    let hub = llama_hub();
+    let dir = hub.locate().unwrap();
+    hub.requests();
     // Again: the commit is asked for, no file is.
     assert_eq!(hub.locate().unwrap(), dir);
     assert_eq!(hub.requests().len(), 1);

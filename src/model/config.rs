@@ -1,14 +1,12 @@
 //! The configuration of a causal language model, from Hugging Face `config.json`
 //! (transformers 4 and 5 styles) or GGUF metadata.
 //!
-//! The readers are [`super::config_json`] and [`super::gguf`]; what both must satisfy, and the
-//! way back to `config.json`, are here.
+//! The readers are `config_json.rs` and `gguf.rs`; `config_check.rs` says what both must satisfy,
+//! `config_write.rs` is the way back to `config.json`.
 
 use std::path::{Path, PathBuf};
 
-use serde_json::{Value, json};
-
-use super::config_json;
+use super::{config_check, config_json};
 use crate::quant::gguf::GgufFile;
 
 /// What the model's shape and arithmetic depend on. Names are Hugging Face's.
@@ -197,13 +195,6 @@ impl Architecture {
     }
 }
 
-/// Largest width, vocabulary or head count accepted, so that no product downstream overflows.
-const MAX_SIZE: usize = 1 << 24;
-/// Most blocks accepted.
-const MAX_LAYERS: usize = 4096;
-/// Longest context accepted.
-const MAX_POSITIONS: usize = 1 << 30;
-
 impl ModelConfig {
     /// Reads `config.json` in `dir`.
     ///
@@ -223,7 +214,7 @@ impl ModelConfig {
     /// As [`ModelConfig::from_dir`].
     pub fn from_json(text: &str, path: &Path) -> Result<Self, ConfigError> {
         let config = config_json::parse(text, path)?;
-        config.validate(path)?;
+        config_check::check(&config, path)?;
         Ok(config)
     }
 
@@ -233,249 +224,7 @@ impl ModelConfig {
     /// As [`ModelConfig::from_dir`].
     pub fn from_gguf(file: &GgufFile) -> Result<Self, ConfigError> {
         let config = super::gguf::config(file)?;
-        config.validate(file.path())?;
+        config_check::check(&config, file.path())?;
         Ok(config)
-    }
-
-    /// Checks what the rest of lorafit relies on: sizes in range, heads that divide, finite numbers.
-    fn validate(&self, path: &Path) -> Result<(), ConfigError> {
-        let fail = |key: &str, expected: String, found: String| {
-            Err(ConfigError::Value {
-                path: path.to_path_buf(),
-                key: key.to_string(),
-                expected,
-                found,
-            })
-        };
-        for (key, value, max) in [
-            ("vocab_size", self.vocab_size, MAX_SIZE),
-            ("hidden_size", self.hidden_size, MAX_SIZE),
-            ("intermediate_size", self.intermediate_size, MAX_SIZE),
-            ("num_hidden_layers", self.num_hidden_layers, MAX_LAYERS),
-            ("num_attention_heads", self.num_attention_heads, MAX_SIZE),
-            ("num_key_value_heads", self.num_key_value_heads, MAX_SIZE),
-            ("head_dim", self.head_dim, MAX_SIZE),
-            (
-                "num_attention_heads × head_dim",
-                self.num_attention_heads.saturating_mul(self.head_dim),
-                MAX_SIZE,
-            ),
-            (
-                "max_position_embeddings",
-                self.max_position_embeddings,
-                MAX_POSITIONS,
-            ),
-        ] {
-            if value == 0 || value > max {
-                return fail(key, format!("1 to {max}"), value.to_string());
-            }
-        }
-        if !self
-            .num_attention_heads
-            .is_multiple_of(self.num_key_value_heads)
-        {
-            let expected = format!(
-                "a divisor of num_attention_heads {}",
-                self.num_attention_heads
-            );
-            return fail(
-                "num_key_value_heads",
-                expected,
-                self.num_key_value_heads.to_string(),
-            );
-        }
-        if !self.head_dim.is_multiple_of(2) {
-            return fail(
-                "head_dim",
-                "an even number".into(),
-                self.head_dim.to_string(),
-            );
-        }
-        for (key, value) in [
-            ("rms_norm_eps", self.rms_norm_eps),
-            ("initializer_range", self.initializer_range),
-        ] {
-            if !(0.0..=1.0).contains(&value) {
-                return fail(key, "0 to 1".into(), value.to_string());
-            }
-        }
-        self.validate_rope(&fail)
-    }
-
-    /// The part of [`ModelConfig::validate`] about rotary embedding.
-    fn validate_rope(
-        &self,
-        fail: &impl Fn(&str, String, String) -> Result<(), ConfigError>,
-    ) -> Result<(), ConfigError> {
-        let positive = |key: &str, value: f64| match value.is_finite() && value > 0.0 {
-            true => Ok(()),
-            false => fail(key, "a positive number".into(), value.to_string()),
-        };
-        let original = |length: usize| match (1..=MAX_POSITIONS).contains(&length) {
-            true => Ok(()),
-            false => fail(
-                "original_max_position_embeddings",
-                format!("1 to {MAX_POSITIONS}"),
-                length.to_string(),
-            ),
-        };
-        positive("rope_theta", self.rope.theta)?;
-        match &self.rope.scaling {
-            RopeScaling::Default => Ok(()),
-            RopeScaling::Linear { factor } => positive("factor", *factor),
-            RopeScaling::Dynamic {
-                factor,
-                original_max_position_embeddings,
-            } => positive("factor", *factor).and(original(*original_max_position_embeddings)),
-            RopeScaling::Llama3 {
-                factor,
-                low_freq_factor,
-                high_freq_factor,
-                original_max_position_embeddings,
-            } => {
-                positive("factor", *factor)?;
-                positive("low_freq_factor", *low_freq_factor)?;
-                positive("high_freq_factor", *high_freq_factor)?;
-                original(*original_max_position_embeddings)?;
-                if high_freq_factor <= low_freq_factor {
-                    let expected = format!("more than low_freq_factor {low_freq_factor}");
-                    return fail("high_freq_factor", expected, high_freq_factor.to_string());
-                }
-                Ok(())
-            }
-            RopeScaling::Yarn {
-                factor,
-                original_max_position_embeddings,
-                attention_factor,
-                beta_fast,
-                beta_slow,
-                ..
-            } => {
-                positive("factor", *factor)?;
-                positive("beta_fast", *beta_fast)?;
-                positive("beta_slow", *beta_slow)?;
-                positive("attention_factor", attention_factor.unwrap_or(1.0))?;
-                original(*original_max_position_embeddings)
-            }
-            RopeScaling::Factors(factors) => {
-                if factors.len() != self.head_dim / 2 {
-                    let expected = format!("head_dim / 2 = {} numbers", self.head_dim / 2);
-                    return fail("rope_freqs.weight", expected, factors.len().to_string());
-                }
-                factors
-                    .iter()
-                    .try_for_each(|&factor| positive("rope_freqs.weight", factor as f64))
-            }
-        }
-    }
-
-    /// The configuration as `config.json`, with keys that transformers 4 and 5 both read.
-    /// `dtype` is the weights' (`float32`, `float16`, `bfloat16`).
-    ///
-    /// # Errors
-    /// When `path`, the GGUF file this configuration came from, has frequency factors that no
-    /// `rope_scaling` expresses.
-    pub fn to_hf_json(&self, dtype: &str, path: &Path) -> Result<Value, ConfigError> {
-        let eos = match self.eos_token_ids.as_slice() {
-            [] => Value::Null,
-            [one] => json!(one),
-            several => json!(several),
-        };
-        Ok(json!({
-            "architectures": [self.architecture.class_name()],
-            "attention_bias": self.attention_bias,
-            "attention_dropout": 0.0,
-            "bos_token_id": self.bos_token_id,
-            "eos_token_id": eos,
-            "head_dim": self.head_dim,
-            "hidden_act": "silu",
-            "hidden_size": self.hidden_size,
-            "initializer_range": self.initializer_range,
-            "intermediate_size": self.intermediate_size,
-            "max_position_embeddings": self.max_position_embeddings,
-            "mlp_bias": self.mlp_bias,
-            "model_type": self.architecture.model_type(),
-            "num_attention_heads": self.num_attention_heads,
-            "num_hidden_layers": self.num_hidden_layers,
-            "num_key_value_heads": self.num_key_value_heads,
-            "rms_norm_eps": self.rms_norm_eps,
-            "rope_scaling": self.rope.scaling_json(path)?,
-            "rope_theta": self.rope.theta,
-            "tie_word_embeddings": self.tie_word_embeddings,
-            "torch_dtype": dtype,
-            "use_cache": true,
-            "vocab_size": self.vocab_size,
-        }))
-    }
-}
-
-impl RopeConfig {
-    /// The value of transformers' `rope_scaling`.
-    fn scaling_json(&self, path: &Path) -> Result<Value, ConfigError> {
-        Ok(match &self.scaling {
-            RopeScaling::Default => Value::Null,
-            RopeScaling::Linear { factor } => json!({"rope_type": "linear", "factor": factor}),
-            RopeScaling::Dynamic { factor, .. } => {
-                json!({"rope_type": "dynamic", "factor": factor})
-            }
-            RopeScaling::Llama3 {
-                factor,
-                low_freq_factor,
-                high_freq_factor,
-                original_max_position_embeddings,
-            } => json!({
-                "rope_type": "llama3",
-                "factor": factor,
-                "low_freq_factor": low_freq_factor,
-                "high_freq_factor": high_freq_factor,
-                "original_max_position_embeddings": original_max_position_embeddings,
-            }),
-            RopeScaling::Yarn {
-                factor,
-                original_max_position_embeddings,
-                attention_factor,
-                beta_fast,
-                beta_slow,
-                mscale,
-                mscale_all_dim,
-                truncate,
-            } => {
-                let mut yarn = json!({
-                    "rope_type": "yarn",
-                    "factor": factor,
-                    "original_max_position_embeddings": original_max_position_embeddings,
-                    "beta_fast": beta_fast,
-                    "beta_slow": beta_slow,
-                });
-                for (key, value) in [
-                    ("attention_factor", attention_factor),
-                    ("mscale", mscale),
-                    ("mscale_all_dim", mscale_all_dim),
-                ] {
-                    if let Some(value) = value {
-                        yarn[key] = json!(value);
-                    }
-                }
-                if !truncate {
-                    yarn["truncate"] = json!(false);
-                }
-                yarn
-            }
-            RopeScaling::Factors(factors) => {
-                match super::gguf::llama3_scaling(self.theta, factors) {
-                    Some(scaling) => {
-                        let theta = self.theta;
-                        return RopeConfig { theta, scaling }.scaling_json(path);
-                    }
-                    None => {
-                        return Err(ConfigError::Unsupported {
-                        path: path.to_path_buf(),
-                        what: "writing a config.json for the frequency factors in rope_freqs.weight".into(),
-                        remedy: "they are not Llama 3's; start from the model's safetensors instead of its GGUF",
-                    });
-                    }
-                }
-            }
-        })
     }
 }

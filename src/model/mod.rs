@@ -7,7 +7,9 @@
 pub mod block;
 pub mod causal_lm;
 pub mod config;
+mod config_check;
 mod config_json;
+mod config_write;
 pub mod gguf;
 pub mod hub;
 mod hub_download;

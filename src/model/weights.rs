@@ -167,14 +167,22 @@ impl Weights {
             Some("bin" | "pt" | "pth") => Err(WeightsError::Pickle {
                 path: path.to_path_buf(),
             }),
-            _ => Ok(Self::from_shards(path, vec![Shard::open(path)?], None)),
+            _ => Ok(Self::from_shards(
+                path,
+                vec![Shard::open(path)?],
+                &BTreeMap::new(),
+            )),
         }
     }
 
     fn open_dir(dir: &Path) -> Result<Self, WeightsError> {
         let single = dir.join(SINGLE);
         if single.is_file() {
-            return Ok(Self::from_shards(dir, vec![Shard::open(&single)?], None));
+            return Ok(Self::from_shards(
+                dir,
+                vec![Shard::open(&single)?],
+                &BTreeMap::new(),
+            ));
         }
         let index = dir.join(INDEX);
         if index.is_file() {
@@ -224,21 +232,18 @@ impl Weights {
                 });
             }
         }
-        let owner = |name: &str| files.get(name).map(|file| numbers[file.as_str()]);
-        Ok(Self::from_shards(dir, shards, Some(&owner)))
+        let owners = files.iter();
+        let owners = owners.map(|(name, file)| (name.as_str(), numbers[file.as_str()]));
+        Ok(Self::from_shards(dir, shards, &owners.collect()))
     }
 
-    /// Gathers the tensors of all shards; where two have the same name, `owner` decides.
-    fn from_shards(
-        path: &Path,
-        shards: Vec<Shard>,
-        owner: Option<&dyn Fn(&str) -> Option<usize>>,
-    ) -> Self {
+    /// Gathers the tensors of all shards; where two have the same name, `owners` decides.
+    fn from_shards(path: &Path, shards: Vec<Shard>, owners: &BTreeMap<&str, usize>) -> Self {
         let mut tensors = BTreeMap::new();
         for (number, shard) in shards.iter().enumerate() {
             for (name, stored) in shard.tensors() {
-                let placed = owner.and_then(|owner| owner(name));
-                if placed.is_some_and(|placed| placed != number) {
+                let placed = owners.get(name.as_str());
+                if placed.is_some_and(|placed| *placed != number) {
                     continue;
                 }
                 let tensor = Tensor {
