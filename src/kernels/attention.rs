@@ -168,7 +168,6 @@ pub(super) fn forward(
     let (q, k, v) = (flex::elements(&q), flex::elements(&k), flex::elements(&v));
     let blocks = t.div_ceil(BLOCK);
     let group = heads.heads / heads.kv_heads;
-    let arch = pulp::Arch::new();
     (0..heads.batch * heads.heads * blocks)
         .into_par_iter()
         .for_each_init(Vec::new, |scores, task| {
@@ -196,7 +195,7 @@ pub(super) fn forward(
             let lse_at = (sample * heads.heads + head) * t + first;
             for (i, row) in scores.chunks_exact_mut(seen).enumerate() {
                 let visible = sizes.visible(first + i);
-                let value = arch.dispatch(#[inline(always)] || softmax_row(row, visible));
+                let value = flex::vectorised(#[inline(always)] || softmax_row(row, visible));
                 // SAFETY: each task owns the rows of its block and head.
                 unsafe { *lse_ptr.at(lse_at + i) = value };
             }
@@ -362,8 +361,7 @@ impl BackwardPass<'_> {
         );
         flex::matmul(d_scores, seen, Store::Set, 1.0, (grads, values.t()), one);
         let lse_at = (sample * self.heads.heads + head) * t + first;
-        let arch = pulp::Arch::new();
-        arch.dispatch(#[inline(always)] || {
+        flex::vectorised(#[inline(always)] || {
             let rows = probs
                 .chunks_exact_mut(seen)
                 .zip(d_scores.chunks_exact_mut(seen));

@@ -106,11 +106,10 @@ pub(super) fn forward(
         }
         let h = Matrix::new(&rows_in, m, d);
         flex::matmul(&mut logits, v, Store::Set, 1.0, (h, head.t()), ALL_THREADS);
-        let arch = pulp::Arch::new();
         let losses: Vec<f64> = logits
             .par_chunks_exact_mut(v)
             .zip(rows)
-            .map(|(row, &at)| arch.dispatch(#[inline(always)] || loss_row(row, targets[at] as usize)))
+            .map(|(row, &at)| flex::vectorised(#[inline(always)] || loss_row(row, targets[at] as usize)))
             .collect();
         loss += losses.iter().sum::<f64>();
         // `logits` now holds softmax - onehot, the gradient of the summed loss.

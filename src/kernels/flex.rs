@@ -165,6 +165,24 @@ impl Shared {
     }
 }
 
+/// Runs a loop compiled for the best vector instructions that the processor has.
+///
+/// The closure must be marked `#[inline(always)]`, as must all it calls: what is not inlined is
+/// compiled for the oldest processors. `FnMut`, because calling a closure by value goes through a
+/// shim that is never inlined.
+pub(super) fn vectorised<R>(body: impl FnMut() -> R) -> R {
+    struct Body<F>(F);
+    impl<R, F: FnMut() -> R> pulp::NullaryFnOnce for Body<F> {
+        type Output = R;
+
+        #[inline(always)]
+        fn call(mut self) -> R {
+            (self.0)()
+        }
+    }
+    pulp::Arch::new().dispatch(Body(body))
+}
+
 /// Rows that one task takes: enough work to pay for the task, few enough to fill the threads.
 pub(super) fn rows_per_task(rows: usize, width: usize) -> usize {
     let by_work = (16 * 1024 / width.max(1)).max(1);

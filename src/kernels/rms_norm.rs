@@ -55,11 +55,10 @@ pub(super) fn forward(x: FlexTensor, weight: FlexTensor, eps: f32) -> FlexTensor
     let (input, w) = (flex::elements(&x), flex::elements(&weight));
     let mut out = vec![0f32; n * d];
     let task = flex::rows_per_task(n, d) * d;
-    let arch = pulp::Arch::new();
     out.par_chunks_mut(task)
         .zip(input.par_chunks(task))
         .for_each(|(out, input)| {
-            arch.dispatch(#[inline(always)] || {
+            flex::vectorised(#[inline(always)] || {
                 for (y, x) in out.chunks_exact_mut(d).zip(input.chunks_exact(d)) {
                     let scale = inverse_rms(x, eps);
                     for ((y, x), w) in y.iter_mut().zip(x).zip(w) {
@@ -90,7 +89,6 @@ pub(super) fn backward(
     );
     let mut dx = vec![0f32; n * d];
     let task = flex::rows_per_task(n, d) * d;
-    let arch = pulp::Arch::new();
     // Tasks return their share of the weight's gradient; collecting keeps the order of the sum fixed.
     let shares: Vec<Vec<f32>> = dx
         .par_chunks_mut(task)
@@ -98,7 +96,7 @@ pub(super) fn backward(
         .zip(g.par_chunks(task))
         .map(|((dx, input), g)| {
             let mut dw = vec![0f32; d];
-            arch.dispatch(#[inline(always)] || {
+            flex::vectorised(#[inline(always)] || {
                 let rows = dx.chunks_exact_mut(d).zip(input.chunks_exact(d));
                 for ((dx, x), g) in rows.zip(g.chunks_exact(d)) {
                     backward_row(dx, &mut dw, (x, w, g), eps);

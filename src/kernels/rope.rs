@@ -54,11 +54,10 @@ pub(super) fn rotate(x: FlexTensor, cos: FlexTensor, sin: FlexTensor, sign: f32)
     let (cos, sin) = (flex::elements(&cos), flex::elements(&sin));
     let mut out = flex::elements(&x).to_vec();
     let rows = flex::rows_per_task(n, width);
-    let arch = pulp::Arch::new();
     out.par_chunks_mut(rows * width)
         .enumerate()
         .for_each(|(task, out)| {
-            arch.dispatch(#[inline(always)] || {
+            flex::vectorised(#[inline(always)] || {
                 for (i, row) in out.chunks_exact_mut(width).enumerate() {
                     let at = (task * rows + i) * half;
                     let (cos, sin) = (&cos[at..at + half], &sin[at..at + half]);

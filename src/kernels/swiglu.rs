@@ -45,12 +45,11 @@ pub(super) fn forward(gate: FlexTensor, up: FlexTensor) -> FlexTensor {
     let (gate, up) = (flex::contiguous(gate), flex::contiguous(up));
     let [n, f] = gate.layout().shape().dims();
     let mut out = vec![0f32; n * f];
-    let arch = pulp::Arch::new();
     out.par_chunks_mut(TASK)
         .zip(flex::elements(&gate).par_chunks(TASK))
         .zip(flex::elements(&up).par_chunks(TASK))
         .for_each(|((out, gate), up)| {
-            arch.dispatch(#[inline(always)] || {
+            flex::vectorised(#[inline(always)] || {
                 for ((y, g), u) in out.iter_mut().zip(gate).zip(up) {
                     *y = g * sigmoid(*g) * u;
                 }
@@ -71,7 +70,6 @@ pub(super) fn backward(
     );
     let [n, f] = gate.layout().shape().dims();
     let (mut d_gate, mut d_up) = (vec![0f32; n * f], vec![0f32; n * f]);
-    let arch = pulp::Arch::new();
     d_gate
         .par_chunks_mut(TASK)
         .zip(d_up.par_chunks_mut(TASK))
@@ -79,8 +77,8 @@ pub(super) fn backward(
         .zip(flex::elements(&up).par_chunks(TASK))
         .zip(flex::elements(&grad).par_chunks(TASK))
         .for_each(|((((d_gate, d_up), gate), up), grad)| {
-            arch.dispatch(#[inline(always)] || {
-                let outputs = d_gate.iter_mut().zip(d_up);
+            flex::vectorised(#[inline(always)] || {
+                let outputs = d_gate.iter_mut().zip(&mut *d_up);
                 for (((dg, du), (g, u)), dy) in outputs.zip(gate.iter().zip(up)).zip(grad) {
                     let s = sigmoid(*g);
                     *dg = dy * u * s * (1.0 + g * (1.0 - s));
