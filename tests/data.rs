@@ -250,10 +250,37 @@ fn templates_whose_spans_cannot_be_told_are_refused() {
     let error = error_of(&row, &tokenizer_with(rewriting));
     assert!(error.starts_with("data.jsonl:1: chat template "), "{error}");
     assert!(error.contains("renders message 1 differently"), "{error}");
+    // Not even where the answer holds an end token that the renderings share.
+    let row = row.replace("bcd", "b<|im_end|>cd");
+    let cutting = rewriting.replace("[:1]", "[:11]");
+    let error = error_of(&row, &tokenizer_with(&cutting));
+    assert!(error.contains("renders message 1 differently"), "{error}");
     // A single turn is exact.
     let tokenizer = tokenizer_with(rewriting);
     let data = load_text(chat(&[("user", "a"), ("assistant", "bcd")]), &tokenizer).unwrap();
     assert_eq!(trained_text(&data.train[0], &tokenizer), "bcd<|im_end|>");
+}
+
+#[test]
+fn a_token_that_ends_the_conversation_is_no_rewriting() {
+    let template = PLAIN.replace(
+        "{% if add",
+        "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}{% if add",
+    );
+    let tokenizer = tokenizer_with(&template);
+    let turns = [
+        ("user", "a"),
+        ("assistant", "b"),
+        ("user", "c"),
+        ("assistant", "d"),
+    ];
+    let data = load_text(chat(&turns), &tokenizer).unwrap();
+    let text = tokenizer.decode(&data.train[0].input_ids, false).unwrap();
+    assert!(text.ends_with("d<|im_end|>\n<|im_end|>"), "{text}");
+    assert_eq!(
+        trained_text(&data.train[0], &tokenizer),
+        "b<|im_end|>d<|im_end|>\n<|im_end|>"
+    );
 }
 
 #[test]

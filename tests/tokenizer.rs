@@ -5,6 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use lorafit::data::conversation::Message;
+use lorafit::data::mask::token_range;
 use lorafit::data::template::{ChatTemplate, Rendered, Request, TemplateError};
 use lorafit::data::tokenize::{ChatTokenizer, TokenizerError};
 use lorafit::quant::gguf::{Metadata, Value as Meta};
@@ -37,14 +38,14 @@ fn objects(value: &Value) -> Vec<Map<String, Value>> {
     serde_json::from_value(value.clone()).unwrap()
 }
 
-/// 1 on the tokens of generation blocks, as transformers' `char_to_token` finds them.
+/// 1 on the tokens of generation blocks.
 fn assistant_mask(tokenizer: &ChatTokenizer, rendered: &Rendered) -> Vec<u8> {
     let encoded = tokenizer.encode_with_spans(&rendered.text).unwrap();
-    let inside = |token: &std::ops::Range<usize>| {
-        let mut blocks = rendered.generation.iter();
-        blocks.any(|block| token.start < block.end && token.end > block.start)
-    };
-    encoded.spans.iter().map(|t| u8::from(inside(t))).collect()
+    let mut mask = vec![0; encoded.ids.len()];
+    for block in rendered.generation.iter().filter(|block| !block.is_empty()) {
+        mask[token_range(&encoded.spans, block)].fill(1);
+    }
+    mask
 }
 
 /// One golden rendering; `Err` says what differs.

@@ -4,7 +4,7 @@
 //! `apply_chat_template`. Assistant turns are byte spans of that rendering: the template's
 //! `{% generation %}` blocks where it has them, else the difference between renderings of prefixes
 //! of the conversation, each checked against the whole. Byte spans become token spans through the
-//! tokenizer's offsets; nothing is searched for in text or ids.
+//! tokenizer's offsets; no text is searched for a turn.
 
 use std::ops::Range;
 
@@ -163,106 +163,150 @@ fn assistant_turns(
     if !messages.iter().any(is_assistant) {
         return Err(RowError::NoAssistantTurn);
     }
-    let marked = template.marks_generation();
-    let spans = if marked {
-        rendered.generation.clone()
-    } else {
-        spans_by_prefixes(messages, template, &rendered.text)?
+    let context = Turns {
+        messages,
+        template,
+        whole: &rendered.text,
+        encoded,
+        tokenizer,
     };
-    let mut turns = Vec::with_capacity(spans.len());
-    for (i, span) in spans.iter().enumerate() {
-        let tokens = token_range(&encoded.spans, span);
-        if tokens.is_empty() && marked {
-            continue;
-        }
-        let end = end_of_turn(&rendered.text, encoded, &tokens, span.end, tokenizer);
-        let end = end.ok_or_else(|| no_end(template, i, encoded, &tokens, tokenizer))?;
-        // A generation block says itself what trains, as in transformers; elsewhere what follows
-        // the end-of-turn token (a line break, mostly) belongs to the template.
-        let end = if marked { tokens.end } else { end + 1 };
-        turns.push(tokens.start..end);
+    if template.marks_generation() {
+        let blocks = rendered.generation.iter().filter(|block| !block.is_empty());
+        let turns = blocks.enumerate();
+        return turns
+            .map(|(turn, span)| context.marked(turn, span))
+            .collect();
     }
-    Ok(turns)
+    let indices = (0..messages.len()).filter(|i| is_assistant(&messages[*i]));
+    let turns = indices.enumerate();
+    turns.map(|(turn, i)| context.derived(turn, i)).collect()
 }
 
-/// The byte span of each assistant message with what the template puts behind it.
-///
-/// With `p` the rendering of all messages before it and the beginning of an assistant turn, and
-/// `u` the rendering up to and with it, the span is what `u` has beyond `p`. Both must be
-/// beginnings of the whole rendering; templates that rewrite earlier turns are found out here.
-fn spans_by_prefixes(
-    messages: &[Map<String, Value>],
-    template: &ChatTemplate,
-    whole: &str,
-) -> Result<Vec<Range<usize>>, RowError> {
-    let mut spans = Vec::new();
-    for (i, _) in messages.iter().enumerate().filter(|(_, m)| is_assistant(m)) {
+/// A rendered conversation whose assistant turns are wanted.
+struct Turns<'a> {
+    messages: &'a [Map<String, Value>],
+    template: &'a ChatTemplate,
+    whole: &'a str,
+    encoded: &'a Encoded,
+    tokenizer: &'a ChatTokenizer,
+}
+
+impl Turns<'_> {
+    /// The tokens of a generation block: all of them train, as in transformers.
+    fn marked(&self, turn: usize, span: &Range<usize>) -> Result<Range<usize>, RowError> {
+        let tokens = token_range(&self.encoded.spans, span);
+        match self.last_stop(&tokens) {
+            Some(end) if self.is_end(&self.whole[self.encoded.spans[end].end..span.end]) => {
+                Ok(tokens)
+            }
+            _ => Err(self.no_end(turn, &tokens)),
+        }
+    }
+
+    /// The tokens of message `i` up to its end-of-turn token; what the template puts behind that
+    /// (a line break, mostly) does not train.
+    ///
+    /// With `prompt` the rendering of all messages before it and the beginning of an assistant
+    /// turn, and `upto` the rendering up to and with it, the turn is what `upto` has beyond
+    /// `prompt`. The whole rendering must agree with `upto` through the end-of-turn token, behind
+    /// which `upto` may only have what ends a conversation. Templates that rewrite earlier turns
+    /// are found out here.
+    fn derived(&self, turn: usize, i: usize) -> Result<Range<usize>, RowError> {
         let inexact = || RowError::InexactSpans {
-            template: template.name().to_owned(),
+            template: self.template.name().to_owned(),
             message: i,
         };
         // Templates may refuse what is no whole conversation: no exact span then either.
-        let prompt = template.render_any(&request(&messages[..i], true));
-        let prompt = prompt.map_err(|_| inexact())?.text;
-        let upto = if i + 1 == messages.len() {
-            whole.to_owned()
-        } else {
-            let upto = template.render_any(&request(&messages[..=i], false));
-            upto.map_err(|_| inexact())?.text
+        let render = |count: usize, add_generation_prompt: bool| {
+            let request = request(&self.messages[..count], add_generation_prompt);
+            self.template.render_any(&request).map_err(|_| inexact())
         };
-        if !upto.starts_with(&prompt) || !whole.starts_with(&upto) {
+        let prompt = render(i, true)?.text;
+        let upto = if i + 1 == self.messages.len() {
+            self.whole.to_owned()
+        } else {
+            render(i + 1, false)?.text
+        };
+        let pairs = self.whole.bytes().zip(upto.bytes());
+        let common = pairs.take_while(|(a, b)| a == b).count();
+        if common < prompt.len() || !upto.starts_with(&prompt) {
             return Err(inexact());
         }
-        spans.push(prompt.len()..upto.len());
+        let spans = &self.encoded.spans;
+        let mut tokens = token_range(spans, &(prompt.len()..common));
+        while tokens.end > tokens.start && spans[tokens.end - 1].end > common {
+            tokens.end -= 1;
+        }
+        match self.last_stop(&tokens) {
+            Some(end)
+                if upto
+                    .get(spans[end].end..)
+                    .is_some_and(|rest| self.is_end(rest)) =>
+            {
+                Ok(tokens.start..end + 1)
+            }
+            _ if common == upto.len() => Err(self.no_end(turn, &tokens)),
+            _ => Err(inexact()),
+        }
     }
-    Ok(spans)
+
+    fn last_stop(&self, tokens: &Range<usize>) -> Option<usize> {
+        let stop_ids = self.tokenizer.stop_ids();
+        let is_stop = |i: &usize| stop_ids.contains(&self.encoded.ids[*i]);
+        tokens.clone().rev().find(is_stop)
+    }
+
+    /// Whether a text is nothing but white space and stop tokens.
+    fn is_end(&self, text: &str) -> bool {
+        if text.trim().is_empty() {
+            return true;
+        }
+        let ids = self.tokenizer.stop_ids().iter();
+        let texts: Vec<String> = ids
+            .map(|id| self.tokenizer.token_text(*id))
+            .filter(|stop| !stop.trim().is_empty())
+            .collect();
+        let mut rest = text.trim();
+        while let Some(behind) = texts
+            .iter()
+            .find_map(|stop| rest.strip_prefix(stop.as_str()))
+        {
+            rest = behind.trim_start();
+        }
+        rest.is_empty()
+    }
+
+    fn no_end(&self, turn: usize, tokens: &Range<usize>) -> RowError {
+        let text = |id: &u32| format!("`{}`", self.tokenizer.token_text(*id).escape_debug());
+        // Not the line break that so many templates put behind the end.
+        let ids = &self.encoded.ids[tokens.clone()];
+        let is_blank = |id: &&u32| self.tokenizer.token_text(**id).trim().is_empty();
+        let last = ids.iter().rev().find(|id| !is_blank(id)).or(ids.last());
+        let stop: Vec<String> = self.tokenizer.stop_ids().iter().map(text).collect();
+        RowError::NoEndOfTurn {
+            template: self.template.name().to_owned(),
+            turn: turn + 1,
+            found: last.map_or_else(|| "nothing".to_owned(), text),
+            stop: if stop.is_empty() {
+                "none is known".to_owned()
+            } else {
+                stop.join(", ")
+            },
+        }
+    }
 }
 
-/// The tokens that have bytes in `span`. One that straddles its beginning counts, as with
-/// transformers' `char_to_token`.
-fn token_range(tokens: &[Range<usize>], span: &Range<usize>) -> Range<usize> {
+/// The tokens of a byte span as transformers' `char_to_token` finds them: from the first token
+/// that touches it (one that straddles its beginning counts) to the first that holds its last
+/// character. That is all of them wherever a span ends with a token of its own, such as the
+/// end-of-turn token, which is checked where labels are made.
+pub fn token_range(tokens: &[Range<usize>], span: &Range<usize>) -> Range<usize> {
     let start = tokens.partition_point(|token| token.end <= span.start);
-    let end = tokens.partition_point(|token| token.start < span.end);
-    start..end.max(start)
-}
-
-/// The last stop token of the turn, if only white space follows it there.
-fn end_of_turn(
-    text: &str,
-    encoded: &Encoded,
-    tokens: &Range<usize>,
-    span_end: usize,
-    tokenizer: &ChatTokenizer,
-) -> Option<usize> {
-    let is_stop = |i: &usize| tokenizer.stop_ids().contains(&encoded.ids[*i]);
-    let end = tokens.clone().rev().find(is_stop)?;
-    let behind = text.get(encoded.spans[end].end..span_end)?;
-    behind.trim().is_empty().then_some(end)
-}
-
-fn no_end(
-    template: &ChatTemplate,
-    turn: usize,
-    encoded: &Encoded,
-    tokens: &Range<usize>,
-    tokenizer: &ChatTokenizer,
-) -> RowError {
-    let text = |id: &u32| format!("`{}`", tokenizer.token_text(*id).escape_debug());
-    // Not the line break that so many templates put behind the end.
-    let ids = &encoded.ids[tokens.clone()];
-    let is_blank = |id: &&u32| tokenizer.token_text(**id).trim().is_empty();
-    let last = ids.iter().rev().find(|id| !is_blank(id)).or(ids.last());
-    let stop: Vec<String> = tokenizer.stop_ids().iter().map(text).collect();
-    RowError::NoEndOfTurn {
-        template: template.name().to_owned(),
-        turn: turn + 1,
-        found: last.map_or_else(|| "nothing".to_owned(), text),
-        stop: if stop.is_empty() {
-            "none is known".to_owned()
-        } else {
-            stop.join(", ")
-        },
+    let mut end = tokens.partition_point(|token| token.start < span.end);
+    while end >= start + 2 && tokens[end - 2] == tokens[end - 1] {
+        end -= 1;
     }
+    start..end.max(start)
 }
 
 fn check_bos(ids: &[u32], tokenizer: &ChatTokenizer) -> Result<(), RowError> {
@@ -285,7 +329,8 @@ mod tests {
         // Four tokens; the last two share one character.
         let tokens = [0..2, 2..5, 5..9, 5..9];
         assert_eq!(token_range(&tokens, &(2..5)), 1..2);
-        assert_eq!(token_range(&tokens, &(3..6)), 1..4);
+        assert_eq!(token_range(&tokens, &(3..6)), 1..3);
+        assert_eq!(token_range(&tokens, &(3..4)), 1..2);
         assert_eq!(token_range(&tokens, &(9..9)), 4..4);
         assert_eq!(token_range(&tokens, &(0..0)), 0..0);
     }

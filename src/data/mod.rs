@@ -1,13 +1,14 @@
 //! Dataset rows become token ids with labels, then batches.
 //!
 //! [`source`] reads rows, [`conversation`] gives them one form, [`template`] renders them with the
-//! model's chat template ([`python`] writes values as templates expect), [`tokenize`] turns text
-//! into ids (its files are read in `tokenizer_files`, or made from GGUF in `vocabulary`), [`mask`]
-//! decides which ids train, [`loader`] shuffles ([`shuffle`]) and pads. [`faults`] says what is
-//! wrong with a dataset. This module imports no burn.
+//! model's chat template (`generation` finds what the assistant wrote, [`python`] writes values as
+//! templates expect), [`tokenize`] turns text into ids (its files are read in `tokenizer_files`, or
+//! made from GGUF in `vocabulary`), [`mask`] decides which ids train, [`loader`] shuffles
+//! ([`shuffle`]) and pads. [`faults`] says what is wrong with a dataset. This module imports no burn.
 
 pub mod conversation;
 pub mod faults;
+mod generation;
 pub mod loader;
 pub mod mask;
 pub mod python;

@@ -9,15 +9,13 @@
 //! with bounded recursion: it can fail but neither hang nor fill the memory.
 
 use std::ops::Range;
-use std::sync::LazyLock;
 
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Kwargs, Rest, Value};
 use minijinja::{Environment, ErrorKind, UndefinedBehavior};
-use regex::Regex;
 use serde_json::{Map, Value as Json};
 
-use super::python;
+use super::{generation, python};
 
 /// Name of the one template in its environment.
 const TEMPLATE: &str = "chat";
@@ -25,16 +23,8 @@ const TEMPLATE: &str = "chat";
 /// Instructions (or 64-byte pieces of data) that one rendering may cost: about a second.
 const FUEL: u64 = 20_000_000;
 
-/// Variables and filter that `{% generation %}` is rewritten to.
-const MARK_FILTER: &str = "lorafit_generation";
-const MARK_BEGIN: &str = "lorafit_generation_begin";
-const MARK_END: &str = "lorafit_generation_end";
-
 /// Names under which messages carry reasoning; transformers fills one from the other.
 const REASONING_FIELDS: [&str; 3] = ["reasoning_content", "thinking", "reasoning"];
-
-static GENERATION_TAG: LazyLock<Option<Regex>> =
-    LazyLock::new(|| Regex::new(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}").ok());
 
 /// Why a chat template gave no text.
 #[derive(Debug, thiserror::Error)]
@@ -132,7 +122,9 @@ impl ChatTemplate {
         variables: Map<String, Json>,
     ) -> Result<Self, TemplateError> {
         let (name, source) = (name.into(), source.into());
-        let (rewritten, marks_generation) = rewrite_generation(&source);
+        // Jinja reads every kind of line end as `\n`.
+        let unix = source.replace("\r\n", "\n").replace('\r', "\n");
+        let (rewritten, marks_generation) = generation::rewrite(&unix);
         let syntax_error = |error: minijinja::Error| TemplateError::Syntax {
             name: name.clone(),
             line: error.line().unwrap_or(1),
@@ -179,7 +171,9 @@ impl ChatTemplate {
 
     /// Renders a conversation that may be empty, as the prefix of a longer one.
     pub(super) fn render_any(&self, request: &Request<'_>) -> Result<Rendered, TemplateError> {
-        let marks = self.marks_generation.then(|| unused_marks(request));
+        let marks = self
+            .marks_generation
+            .then(|| generation::unused_marks(request));
         let context = self.context(request, marks);
         let text = self
             .environment
@@ -188,7 +182,7 @@ impl ChatTemplate {
             .map_err(|error| self.failure(&error))?;
         match marks {
             Some(marks) => {
-                take_marks(&text, marks).ok_or_else(|| TemplateError::BrokenGeneration {
+                generation::take(&text, marks).ok_or_else(|| TemplateError::BrokenGeneration {
                     name: self.name.clone(),
                 })
             }
@@ -217,8 +211,8 @@ impl ChatTemplate {
             Value::from(request.add_generation_prompt),
         ));
         if let Some((begin, end)) = marks {
-            pairs.push((MARK_BEGIN, Value::from(begin.to_string())));
-            pairs.push((MARK_END, Value::from(end.to_string())));
+            pairs.push((generation::BEGIN, Value::from(begin.to_string())));
+            pairs.push((generation::END, Value::from(end.to_string())));
         }
         Value::from_pairs(pairs)
     }
@@ -275,8 +269,10 @@ fn environment() -> Result<Environment<'static>, minijinja::Error> {
     });
     env.add_filter("tojson", tojson);
     env.add_filter("string", |value: &Value| python::str(value));
-    env.add_filter(MARK_FILTER, |text: &str, begin: &str, end: &str| {
-        format!("{begin}{text}{end}")
+    env.add_filter(generation::FILTER, generation::mark);
+    // Python cannot iterate over None, and templates ask before they take a length.
+    env.add_test("iterable", |value: &Value| {
+        !value.is_none() && value.try_iter().is_ok()
     });
     env.add_function(
         "raise_exception",
@@ -334,85 +330,6 @@ fn tojson(
     python::json(value, &style)
 }
 
-/// Rewrites `{% generation %}` blocks to a filter block, which leaves white space as it was, and
-/// a scope, because variables set in a generation block are not seen outside.
-fn rewrite_generation(source: &str) -> (String, bool) {
-    let Some(tag) = GENERATION_TAG.as_ref() else {
-        return (source.to_owned(), false);
-    };
-    let rewritten = tag.replace_all(source, |found: &regex::Captures<'_>| {
-        let (before, after) = (&found[1], &found[3]);
-        match found.get(2) {
-            None => format!(
-                "{{%{before} filter {MARK_FILTER}({MARK_BEGIN}, {MARK_END}) %}}{{% with {after}%}}"
-            ),
-            Some(_) => format!("{{%{before} endwith %}}{{% endfilter {after}%}}"),
-        }
-    });
-    let marked = matches!(rewritten, std::borrow::Cow::Owned(_));
-    (rewritten.into_owned(), marked)
-}
-
-/// Two characters of the last private plane that occur in nothing the template is given.
-fn unused_marks(request: &Request<'_>) -> (char, char) {
-    let mut used = Vec::new();
-    for message in request.messages {
-        message
-            .values()
-            .for_each(|value| private_characters(value, &mut used));
-    }
-    if let Some(tools) = request.tools {
-        private_characters(tools, &mut used);
-    }
-    for value in request.variables.into_iter().flat_map(Map::values) {
-        private_characters(value, &mut used);
-    }
-    let mut free = ('\u{100000}'..='\u{10FFFD}').filter(|c| !used.contains(c));
-    match (free.next(), free.next()) {
-        (Some(begin), Some(end)) => (begin, end),
-        // 65,534 different private characters in one conversation: their spans will not be told.
-        _ => ('\u{10FFFE}', '\u{10FFFF}'),
-    }
-}
-
-fn private_characters(value: &Json, used: &mut Vec<char>) {
-    match value {
-        Json::String(text) => {
-            for c in text.chars().filter(|c| *c >= '\u{100000}') {
-                if !used.contains(&c) {
-                    used.push(c);
-                }
-            }
-        }
-        Json::Array(items) => items.iter().for_each(|item| private_characters(item, used)),
-        Json::Object(object) => object
-            .values()
-            .for_each(|item| private_characters(item, used)),
-        _ => {}
-    }
-}
-
-/// Takes the marks out of a rendering and records where they stood; `None` when they do not pair.
-fn take_marks(marked: &str, (begin, end): (char, char)) -> Option<Rendered> {
-    let mut text = String::with_capacity(marked.len());
-    let mut generation = Vec::new();
-    let mut open: Option<usize> = None;
-    for piece in marked.split_inclusive([begin, end]) {
-        if let Some(before) = piece.strip_suffix(begin) {
-            text.push_str(before);
-            if open.replace(text.len()).is_some() {
-                return None;
-            }
-        } else if let Some(before) = piece.strip_suffix(end) {
-            text.push_str(before);
-            generation.push(open.take()?..text.len());
-        } else {
-            text.push_str(piece);
-        }
-    }
-    open.is_none().then_some(Rendered { text, generation })
-}
-
 /// A message as the template sees it: nulls dropped (some APIs write `"content": null`, which
 /// templates print), reasoning under each of its names. Both as transformers 5 does.
 fn message_value(message: &Map<String, Json>) -> Value {
@@ -458,11 +375,12 @@ fn value_of(json: &Json) -> Value {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use serde_json::json;
 
-    fn render(source: &str, messages: Json) -> Result<Rendered, TemplateError> {
+    /// Renders messages with a template given as text.
+    pub fn render(source: &str, messages: Json) -> Result<Rendered, TemplateError> {
         let messages: Vec<Map<String, Json>> =
             serde_json::from_value(messages).expect("a list of objects");
         ChatTemplate::new("test", source, Map::new())?.render(&Request {
@@ -471,44 +389,6 @@ mod tests {
             variables: None,
             add_generation_prompt: false,
         })
-    }
-
-    #[test]
-    fn generation_blocks_become_spans_and_keep_white_space() {
-        let source = "{% for m in messages %}\n  {% generation %}\n  <{{ m.content }}>\n  {% endgeneration %}\n.{% endfor %}";
-        let plain = source
-            .replace("{% generation %}", "{% if true %}")
-            .replace("{% endgeneration %}", "{% endif %}");
-        let messages = json!([{"role": "a", "content": "é"}, {"role": "a", "content": "x"}]);
-        let marked = render(source, messages.clone()).unwrap();
-        assert_eq!(marked.text, render(&plain, messages).unwrap().text);
-        let spans: Vec<&str> = marked
-            .generation
-            .iter()
-            .map(|span| &marked.text[span.clone()])
-            .collect();
-        assert_eq!(spans, ["  <é>\n", "  <x>\n"]);
-    }
-
-    #[test]
-    fn content_with_private_characters_does_not_disturb_spans() {
-        let content = "a\u{100000}b\u{100001}c";
-        let marked = render(
-            "{% generation %}{{ messages[0].content }}{% endgeneration %}!",
-            json!([{"role": "a", "content": content}]),
-        )
-        .unwrap();
-        assert_eq!(marked.text, format!("{content}!"));
-        assert_eq!(marked.generation, [0..content.len()]);
-    }
-
-    #[test]
-    fn variables_set_in_a_generation_block_stay_there() {
-        let out = render(
-            "{% set x = 1 %}{% generation %}{% set x = 2 %}{{ x }}{% endgeneration %}{{ x }}",
-            json!([{}]),
-        );
-        assert_eq!(out.unwrap().text, "21");
     }
 
     #[test]

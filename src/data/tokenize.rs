@@ -10,7 +10,7 @@ use tokenizers::{AddedToken, PostProcessorWrapper, Tokenizer};
 use super::conversation::Message;
 use super::template::{ChatTemplate, Request};
 pub use super::tokenizer_files::TokenizerError;
-use super::tokenizer_files::TokenizerFiles;
+use super::tokenizer_files::{AddedEntry, TokenizerFiles};
 use super::vocabulary;
 use crate::quant::gguf::{GgufFile, Metadata};
 
@@ -284,7 +284,7 @@ fn write_atomically(path: &Path, content: &[u8]) -> std::io::Result<()> {
 /// Adds the tokens that stand in `tokenizer_config.json` alone, as transformers does.
 fn add_missing_tokens(tokenizer: &mut Tokenizer, files: &TokenizerFiles) -> Result<(), String> {
     let flag = |token: &Map<String, Value>, key: &str| token.get(key) == Some(&Value::Bool(true));
-    for (id, token) in &files.added {
+    for AddedEntry { id, token } in &files.added {
         let content = token.get("content").and_then(Value::as_str);
         let content = content.ok_or_else(|| {
             format!("added_tokens_decoder.{id} in tokenizer_config.json has no content")

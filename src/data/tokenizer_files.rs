@@ -111,6 +111,13 @@ pub(super) struct TemplateSource {
     pub source: String,
 }
 
+/// A token of `added_tokens_decoder`.
+#[derive(Debug)]
+pub(super) struct AddedEntry {
+    pub id: u32,
+    pub token: Map<String, Value>,
+}
+
 /// The files, and what was read from them.
 #[derive(Debug)]
 pub(super) struct TokenizerFiles {
@@ -118,8 +125,8 @@ pub(super) struct TokenizerFiles {
     pub files: Vec<(String, Vec<u8>)>,
     /// Special tokens by name, as text.
     pub named: Map<String, Value>,
-    /// `added_tokens_decoder`: id → token.
-    pub added: Vec<(u32, Map<String, Value>)>,
+    /// `added_tokens_decoder`, in the order of the ids.
+    pub added: Vec<AddedEntry>,
     /// The chat template.
     pub template: Option<TemplateSource>,
     /// Ids that end generation, apart from the tokenizer's own eos.
@@ -338,9 +345,7 @@ fn named_tokens(config: &Map<String, Value>, map: &Map<String, Value>) -> Map<St
 }
 
 /// `added_tokens_decoder`, in the order of the ids.
-fn added_tokens(
-    config: &Map<String, Value>,
-) -> Result<Vec<(u32, Map<String, Value>)>, TokenizerError> {
+fn added_tokens(config: &Map<String, Value>) -> Result<Vec<AddedEntry>, TokenizerError> {
     let Some(Value::Object(decoder)) = config.get("added_tokens_decoder") else {
         return Ok(Vec::new());
     };
@@ -353,9 +358,10 @@ fn added_tokens(
                 &format!("added_tokens_decoder.{id} must be a token id with a token object"),
             )
         })?;
-        added.push((id, token.clone()));
+        let token = token.clone();
+        added.push(AddedEntry { id, token });
     }
-    added.sort_by_key(|(id, _)| *id);
+    added.sort_by_key(|entry| entry.id);
     Ok(added)
 }
 
