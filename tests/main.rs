@@ -2,8 +2,8 @@
 
 mod data;
 mod export;
-mod golden;
 mod gguf;
+mod golden;
 mod hub;
 mod merge;
 mod peft;

@@ -7,9 +7,9 @@ use burn::tensor::Device;
 use crate::adapter::inject::{self, Init};
 use crate::adapter::peft::{self, PeftError};
 use crate::device::to_vec;
+use crate::model::config::ConfigError;
 use crate::model::weights::{Weights, WeightsError};
 use crate::model::{CausalLm, Tokens, names};
-use crate::model::config::ConfigError;
 use crate::random::Stream;
 
 /// How near a merged model is to base + adapter, and how far the base alone is.
@@ -69,10 +69,7 @@ pub fn verify(
         let probe = probe(&model);
         let plain = logits(&model, &probe);
         let (config, pairs) = peft::read_adapter(adapter)?;
-        let linears = names::linears(model.config());
-        let shapes: Vec<_> = (linears.into_iter())
-            .map(|l| (l.path, [l.out_features, l.in_features]))
-            .collect();
+        let shapes = names::linear_shapes(model.config());
         let modules = peft::fit(adapter, &config, &pairs, &shapes)?;
         inject::inject(&mut model, &modules, 0.0, &Init::Loaded(&pairs));
         (logits(&model.frozen(), &probe), plain)
@@ -135,7 +132,10 @@ fn divergence(p: &[f32], q: &[f32], vocabulary: usize) -> f64 {
     let total: f64 = rows
         .map(|(p, q)| {
             let (p, q) = (log_softmax(p), log_softmax(q));
-            p.iter().zip(&q).map(|(p, q)| p.exp() * (p - q)).sum::<f64>()
+            p.iter()
+                .zip(&q)
+                .map(|(p, q)| p.exp() * (p - q))
+                .sum::<f64>()
         })
         .sum();
     total / (p.len() / vocabulary).max(1) as f64

@@ -50,7 +50,9 @@ pub enum RunDirError {
     )]
     NotARun(PathBuf),
     /// Another process trains in it.
-    #[error("another process is training in {0}; wait for it, or name another directory with --out")]
+    #[error(
+        "another process is training in {0}; wait for it, or name another directory with --out"
+    )]
     Locked(PathBuf),
     /// The recipe differs from the one that the run began with.
     #[error(
@@ -200,7 +202,8 @@ impl Metrics {
     pub fn write(&mut self, event: &Event) -> Result<(), WriteError> {
         let mut line = serde_json::to_vec(event).unwrap_or_default();
         line.push(b'\n');
-        (self.file.write_all(&line)).map_err(|source| WriteError::io("append to", &self.path, source))
+        (self.file.write_all(&line))
+            .map_err(|source| WriteError::io("append to", &self.path, source))
     }
 }
 

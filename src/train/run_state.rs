@@ -66,7 +66,9 @@ pub struct Best {
 #[derive(Debug, thiserror::Error)]
 pub enum StateError {
     /// A file is missing or damaged.
-    #[error("cannot read run state {path}: {reason}; delete {path} to continue from an earlier one")]
+    #[error(
+        "cannot read run state {path}: {reason}; delete {path} to continue from an earlier one"
+    )]
     Damaged {
         /// The state's directory.
         path: PathBuf,
@@ -96,7 +98,14 @@ pub fn list(states: &Path) -> Vec<usize> {
     };
     let mut steps: Vec<usize> = entries
         .flatten()
-        .filter_map(|entry| entry.file_name().to_str()?.strip_prefix("step-")?.parse().ok())
+        .filter_map(|entry| {
+            entry
+                .file_name()
+                .to_str()?
+                .strip_prefix("step-")?
+                .parse()
+                .ok()
+        })
         .collect();
     steps.sort_unstable();
     steps
@@ -133,7 +142,10 @@ pub fn save(
 }
 
 /// Writes tensors one at a time.
-fn write(path: &Path, tensors: &BTreeMap<String, (Tensor<1>, Vec<usize>)>) -> Result<(), WriteError> {
+fn write(
+    path: &Path,
+    tensors: &BTreeMap<String, (Tensor<1>, Vec<usize>)>,
+) -> Result<(), WriteError> {
     let info = |(name, (_, shape)): (&String, &(Tensor<1>, Vec<usize>))| TensorInfo {
         name: name.clone(),
         dtype: Dtype::F32,
@@ -141,7 +153,12 @@ fn write(path: &Path, tensors: &BTreeMap<String, (Tensor<1>, Vec<usize>)>) -> Re
     };
     let infos = tensors.iter().map(info).collect();
     let mut writer = SafetensorsWriter::create(path, &[("format", "pt")], infos)?;
-    for name in writer.order().iter().map(|t| t.name.clone()).collect::<Vec<_>>() {
+    for name in writer
+        .order()
+        .iter()
+        .map(|t| t.name.clone())
+        .collect::<Vec<_>>()
+    {
         if let Some((tensor, _)) = tensors.get(&name) {
             writer.write(&name, &f32_bytes(&to_vec(tensor.clone())))?;
         }

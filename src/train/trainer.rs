@@ -227,8 +227,17 @@ impl Trainer<'_> {
     }
 
     fn save(&mut self) -> Result<(), TrainError> {
-        let path = run_state::save(self.states, &self.progress, &mut self.model, &self.optimizer)?;
-        run_state::prune(self.states, self.plan.train.save_total_limit, self.progress.best)?;
+        let path = run_state::save(
+            self.states,
+            &self.progress,
+            &mut self.model,
+            &self.optimizer,
+        )?;
+        run_state::prune(
+            self.states,
+            self.plan.train.save_total_limit,
+            self.progress.best,
+        )?;
         self.emit(Event::Saved {
             step: self.progress.step,
             path,
@@ -249,7 +258,8 @@ impl Trainer<'_> {
     /// Before the first step, after every `eval_steps`, and at the end; once each.
     fn evaluation_due(&self, last: bool) -> bool {
         let step = self.progress.step;
-        self.progress.evaluated != Some(step) && (last || step == 0 || every(self.plan.train.eval_steps, step))
+        self.progress.evaluated != Some(step)
+            && (last || step == 0 || every(self.plan.train.eval_steps, step))
     }
 
     /// After every `save_steps`, and when the validation loss is the lowest so far.
