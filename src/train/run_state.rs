@@ -12,6 +12,7 @@ use burn::tensor::{Device, Tensor, TensorData};
 use safetensors::Dtype;
 use serde::{Deserialize, Serialize};
 
+use super::event::Event;
 use super::optimizer::{AdamW, Moments};
 use crate::device::to_vec;
 use crate::export::safetensors::{SafetensorsWriter, TensorInfo, f32_bytes};
@@ -51,6 +52,23 @@ impl Progress {
             data,
         }
     }
+
+    /// Whether a run that stands here has behind it what was recorded; what comes later will
+    /// happen again.
+    pub fn includes(&self, event: &Event) -> bool {
+        match event {
+            Event::Done { .. } => false,
+            Event::Eval { step, .. }
+            | Event::Sample { step, .. }
+            | Event::EarlyStop { step, .. }
+                if *step == self.step =>
+            {
+                *step > 0 && self.evaluated == Some(*step)
+            }
+            // A run that stands at the beginning begins anew.
+            event => self.step > 0 && event.step() <= self.step,
+        }
+    }
 }
 
 /// The lowest validation loss of a run.
@@ -66,7 +84,9 @@ pub struct Best {
 #[derive(Debug, thiserror::Error)]
 pub enum StateError {
     /// A file is missing or damaged.
-    #[error("cannot read run state {path}: {reason}; delete {path} to continue from an earlier one")]
+    #[error(
+        "cannot read run state {path}: {reason}; delete {path} to continue from an earlier one"
+    )]
     Damaged {
         /// The state's directory.
         path: PathBuf,
@@ -96,7 +116,14 @@ pub fn list(states: &Path) -> Vec<usize> {
     };
     let mut steps: Vec<usize> = entries
         .flatten()
-        .filter_map(|entry| entry.file_name().to_str()?.strip_prefix("step-")?.parse().ok())
+        .filter_map(|entry| {
+            entry
+                .file_name()
+                .to_str()?
+                .strip_prefix("step-")?
+                .parse()
+                .ok()
+        })
         .collect();
     steps.sort_unstable();
     steps
@@ -133,7 +160,10 @@ pub fn save(
 }
 
 /// Writes tensors one at a time.
-fn write(path: &Path, tensors: &BTreeMap<String, (Tensor<1>, Vec<usize>)>) -> Result<(), WriteError> {
+fn write(
+    path: &Path,
+    tensors: &BTreeMap<String, (Tensor<1>, Vec<usize>)>,
+) -> Result<(), WriteError> {
     let info = |(name, (_, shape)): (&String, &(Tensor<1>, Vec<usize>))| TensorInfo {
         name: name.clone(),
         dtype: Dtype::F32,
@@ -141,7 +171,12 @@ fn write(path: &Path, tensors: &BTreeMap<String, (Tensor<1>, Vec<usize>)>) -> Re
     };
     let infos = tensors.iter().map(info).collect();
     let mut writer = SafetensorsWriter::create(path, &[("format", "pt")], infos)?;
-    for name in writer.order().iter().map(|t| t.name.clone()).collect::<Vec<_>>() {
+    for name in writer
+        .order()
+        .iter()
+        .map(|t| t.name.clone())
+        .collect::<Vec<_>>()
+    {
         if let Some((tensor, _)) = tensors.get(&name) {
             writer.write(&name, &f32_bytes(&to_vec(tensor.clone())))?;
         }
@@ -250,4 +285,26 @@ pub fn prune(states: &Path, keep: usize, best: Option<Best>) -> Result<(), Write
         fs::remove_dir_all(&dir).map_err(|source| WriteError::io("remove", &dir, source))?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_evaluation_after_the_state_was_saved_will_happen_again() {
+        let mut progress = Progress::new(String::new());
+        let eval = |step| Event::Eval {
+            step,
+            loss: 1.0,
+            best: true,
+        };
+        assert!(!progress.includes(&eval(0)));
+        progress.step = 4;
+        progress.evaluated = Some(2);
+        assert!(progress.includes(&eval(2)) && !progress.includes(&eval(4)));
+        progress.evaluated = Some(4);
+        assert!(progress.includes(&eval(4)) && !progress.includes(&eval(6)));
+        assert!(progress.includes(&Event::Interrupted { step: 4 }));
+    }
 }
