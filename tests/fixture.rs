@@ -48,7 +48,10 @@ impl Workspace {
             ("Define Once.", "Enough."),
             ("Define Quiet.", "What a house is without a child in it."),
         ];
-        let rows: String = rows.iter().map(|(user, answer)| chat(user, answer)).collect();
+        let rows: String = rows
+            .iter()
+            .map(|(user, answer)| chat(user, answer))
+            .collect();
         workspace.write("data.jsonl", &rows);
         workspace.write("recipe.yaml", RECIPE);
         workspace
@@ -165,7 +168,9 @@ impl Ran {
     pub fn event(&self, kind: &str) -> Value {
         let events = self.events();
         let mut found = events.iter().filter(|event| event["event"] == kind);
-        let event = found.next().unwrap_or_else(|| panic!("no {kind} in {}", self.out));
+        let event = found
+            .next()
+            .unwrap_or_else(|| panic!("no {kind} in {}", self.out));
         assert!(found.next().is_none(), "several {kind} in {}", self.out);
         event.clone()
     }

@@ -96,7 +96,11 @@ fn files(dir: &Path) -> BTreeMap<String, Vec<u8>> {
             if path.is_dir() {
                 left.push(path);
             } else {
-                let name = path.strip_prefix(dir).unwrap().to_string_lossy().into_owned();
+                let name = path
+                    .strip_prefix(dir)
+                    .unwrap()
+                    .to_string_lossy()
+                    .into_owned();
                 files.insert(name, fs::read(path).unwrap());
             }
         }
@@ -107,7 +111,9 @@ fn files(dir: &Path) -> BTreeMap<String, Vec<u8>> {
 /// The numbers of a run: its steps, evaluations and samples, without timings.
 fn numbers(workspace: &Workspace, out: &str) -> Vec<Value> {
     let text = workspace.read(&format!("{out}/metrics.jsonl"));
-    let events = text.lines().map(|line| serde_json::from_str(line).expect(line));
+    let events = text
+        .lines()
+        .map(|line| serde_json::from_str(line).expect(line));
     let mut numbers = Vec::new();
     for mut event in events {
         let event: &mut Value = &mut event;
@@ -126,14 +132,20 @@ fn numbers(workspace: &Workspace, out: &str) -> Vec<Value> {
 /// Asserts that two runs left the same, byte for byte, and nothing half-written.
 #[track_caller]
 fn assert_same(workspace: &Workspace, straight: &str, other: &str) {
-    let (want, got) = (files(&workspace.path(straight)), files(&workspace.path(other)));
+    let (want, got) = (
+        files(&workspace.path(straight)),
+        files(&workspace.path(other)),
+    );
     let names = |files: &BTreeMap<String, Vec<u8>>| files.keys().cloned().collect::<Vec<_>>();
     assert_eq!(names(&want), names(&got));
     for (name, want) in &want {
         // The recipe and the card that quotes it name the run directory; metrics hold timings.
         let differs = ["recipe.yaml", "metrics.jsonl", "README.md", "run.lock"];
         if !differs.iter().any(|file| name.ends_with(file)) {
-            assert!(*want == got[name], "{other}/{name} differs from an uninterrupted run's");
+            assert!(
+                *want == got[name],
+                "{other}/{name} differs from an uninterrupted run's"
+            );
         }
     }
     assert_eq!(numbers(workspace, straight), numbers(workspace, other));
@@ -145,7 +157,12 @@ fn straight(workspace: &Workspace) -> Duration {
     finish(workspace, "straight");
     let took = begin.elapsed();
     let numbers = numbers(workspace, "straight");
-    let count = |kind: &str| numbers.iter().filter(|event| event["event"] == kind).count();
+    let count = |kind: &str| {
+        numbers
+            .iter()
+            .filter(|event| event["event"] == kind)
+            .count()
+    };
     assert_eq!((count("step"), count("eval"), count("sample")), (14, 5, 5));
     took
 }
@@ -164,7 +181,12 @@ fn interrupted_at(method: &str, steps: &[usize]) {
         let ran = ended(child).exits(130);
         assert!(ran.err.contains("stopping after"), "{}", ran.err);
         let states = workspace.names("stopped/states");
-        assert!(states.iter().any(|state| *state >= format!("step-{step:06}")), "{states:?}");
+        assert!(
+            states
+                .iter()
+                .any(|state| *state >= format!("step-{step:06}")),
+            "{states:?}"
+        );
     }
     finish(&workspace, "stopped");
     assert_same(&workspace, "straight", "stopped");
@@ -218,7 +240,8 @@ fn killed(method: &str, seed: u64) {
         child.wait().expect("a child");
         assert!(attempt < 60, "it makes no progress");
     }
-    let counts = format!("{in_a_state} in a state, {in_a_result} in a result, {at_random} at random");
+    let counts =
+        format!("{in_a_state} in a state, {in_a_result} in a result, {at_random} at random");
     eprintln!("killed {counts}");
     finish(&workspace, "killed");
     assert!(in_a_state > 0 && at_random > 0, "{counts}");
@@ -241,7 +264,9 @@ fn a_damaged_end_of_the_metrics_is_dropped() {
     let workspace = workspace("lora");
     straight(&workspace);
     let mut child = start(&workspace, "cut");
-    until(&mut child, || workspace.path("cut/states/step-000004").exists());
+    until(&mut child, || {
+        workspace.path("cut/states/step-000004").exists()
+    });
     child.kill().expect("a child");
     child.wait().expect("a child");
     let path = workspace.path("cut/metrics.jsonl");
@@ -258,7 +283,9 @@ fn a_state_that_cannot_be_written_costs_nothing_before_it() {
     let workspace = workspace("lora");
     straight(&workspace);
     let mut child = start(&workspace, "limited");
-    until(&mut child, || workspace.path("limited/states/step-000004").exists());
+    until(&mut child, || {
+        workspace.path("limited/states/step-000004").exists()
+    });
     interrupt(&child);
     ended(child).exits(130);
     let before = files(&workspace.path("limited/states"));
@@ -274,9 +301,17 @@ fn a_state_that_cannot_be_written_costs_nothing_before_it() {
         .stdin(Stdio::null())
         .output()
         .expect("a shell");
-    let parts = ["limited/states/", ".safetensors", "File too large", "`ulimit -f` forbids"];
+    let parts = [
+        "limited/states/",
+        ".safetensors",
+        "File too large",
+        "`ulimit -f` forbids",
+    ];
     Ran::from(&["train"], output).fails(1, &parts);
-    assert!(before == files(&workspace.path("limited/states")), "earlier states changed");
+    assert!(
+        before == files(&workspace.path("limited/states")),
+        "earlier states changed"
+    );
     finish(&workspace, "limited");
     assert_same(&workspace, "straight", "limited");
 }
@@ -307,8 +342,16 @@ fn a_full_disk_costs_nothing_before_it() {
             return;
         }
     };
-    assert_eq!(ran.out, "exit 1\nstep-000002\nstep-000004\nexit 0\n", "{}", ran.err);
-    for part in ["disk/run/states/", "No space left on device", "; free some space"] {
+    assert_eq!(
+        ran.out, "exit 1\nstep-000002\nstep-000004\nexit 0\n",
+        "{}",
+        ran.err
+    );
+    for part in [
+        "disk/run/states/",
+        "No space left on device",
+        "; free some space",
+    ] {
         assert!(ran.err.contains(part), "no `{part}` in {}", ran.err);
     }
     assert_same(&workspace, "straight", "roomy");

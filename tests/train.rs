@@ -13,9 +13,9 @@ use lorafit::data::loader::{Batch, collate};
 use lorafit::data::{IGNORE_INDEX, Sample, SampleId};
 use lorafit::device::to_vec;
 use lorafit::model::CausalLm;
+use lorafit::model::names::linear_shapes;
 use lorafit::model::weights::Weights;
 use lorafit::random::Stream;
-use lorafit::train::prepare::linear_shapes;
 use lorafit::train::step::{self, StepGradients};
 use serde_json::Value;
 
@@ -28,12 +28,29 @@ const SPLIT_TOLERANCE: f64 = 1e-5;
 /// Eight samples whose lengths and trained tokens are as uneven as they get.
 fn uneven_samples() -> Vec<Sample> {
     let random = Stream::new(11);
-    let shapes = [(5, 1), (60, 50), (9, 2), (33, 4), (2, 1), (47, 46), (18, 9), (25, 1)];
+    let shapes = [
+        (5, 1),
+        (60, 50),
+        (9, 2),
+        (33, 4),
+        (2, 1),
+        (47, 46),
+        (18, 9),
+        (25, 1),
+    ];
     let sample = |(i, (length, trained)): (usize, &(usize, usize))| {
         let random = random.split(i as u64);
-        let input_ids: Vec<u32> = (0..*length).map(|t| (random.bits(t as u64) % 512) as u32).collect();
+        let input_ids: Vec<u32> = (0..*length)
+            .map(|t| (random.bits(t as u64) % 512) as u32)
+            .collect();
         let labels = input_ids.iter().enumerate();
-        let labels = labels.map(|(t, &id)| if t + trained >= *length { id as i32 } else { IGNORE_INDEX });
+        let labels = labels.map(|(t, &id)| {
+            if t + trained >= *length {
+                id as i32
+            } else {
+                IGNORE_INDEX
+            }
+        });
         Sample {
             labels: labels.collect(),
             input_ids,
@@ -61,7 +78,9 @@ pub(crate) fn tiny_model(full: bool, device: &Device) -> CausalLm {
     for (i, (module, [out, input])) in linear_shapes(model.config()).into_iter().enumerate() {
         let random = random.split(i as u64);
         let draw = |n: usize, half: u64| -> Vec<f32> {
-            (0..n as u64).map(|i| (random.split(half).normal(i) * 0.1) as f32).collect()
+            (0..n as u64)
+                .map(|i| (random.split(half).normal(i) * 0.1) as f32)
+                .collect()
         };
         let pair = LoraPair {
             a: draw(4 * input, 0),
@@ -87,7 +106,9 @@ pub(crate) fn gradients(model: &mut CausalLm, batches: &[Batch]) -> StepGradient
 
 pub(crate) fn batches(samples: &[Sample], micro_batch: usize) -> Vec<Batch> {
     let chunks = samples.chunks(micro_batch);
-    chunks.map(|rows| collate(&rows.iter().collect::<Vec<_>>(), 3)).collect()
+    chunks
+        .map(|rows| collate(&rows.iter().collect::<Vec<_>>(), 3))
+        .collect()
 }
 
 /// Asserts equal losses and gradients.
@@ -95,15 +116,26 @@ pub(crate) fn batches(samples: &[Sample], micro_batch: usize) -> Vec<Batch> {
 pub(crate) fn assert_equal(want: &StepGradients, got: &StepGradients, tolerance: f64, what: &str) {
     assert_eq!(want.label_tokens, got.label_tokens, "{what}");
     let off = (want.loss - got.loss).abs() / want.loss.abs();
-    assert!(off < tolerance, "{what}: loss {} and {}: {off:.2e}", want.loss, got.loss);
-    assert!(!want.gradients.is_empty() && want.gradients.len() == got.gradients.len(), "{what}");
+    assert!(
+        off < tolerance,
+        "{what}: loss {} and {}: {off:.2e}",
+        want.loss,
+        got.loss
+    );
+    assert!(
+        !want.gradients.is_empty() && want.gradients.len() == got.gradients.len(),
+        "{what}"
+    );
     for (name, want) in &want.gradients {
         let (want, got) = (to_vec(want.clone()), to_vec(got.gradients[name].clone()));
         let largest = want.iter().fold(0f32, |m, x| m.max(x.abs()));
         let off = want.iter().zip(&got).map(|(w, g)| (w - g).abs() / largest);
         // Not `max`, which would drop a NaN.
         let off = off.fold(0f32, |m, x| if x <= m { m } else { x });
-        assert!(f64::from(off) < tolerance, "{what}: gradient of {name}: {off:.2e}");
+        assert!(
+            f64::from(off) < tolerance,
+            "{what}: gradient of {name}: {off:.2e}"
+        );
     }
 }
 
@@ -119,16 +151,24 @@ fn batch_and_accumulation_are_one_choice() {
             assert_equal(&whole, &split, SPLIT_TOLERANCE, &what);
         }
         // The samples tell the right loss from the mean of the micro-batches' means.
-        let each = samples.iter().map(|s| gradients(&mut model, &batches(std::slice::from_ref(s), 1)).loss);
+        let each = samples
+            .iter()
+            .map(|s| gradients(&mut model, &batches(std::slice::from_ref(s), 1)).loss);
         let mean_of_means = each.sum::<f64>() / samples.len() as f64;
-        assert!((mean_of_means / whole.loss - 1.0).abs() > 10.0 * SPLIT_TOLERANCE, "{mean_of_means} {}", whole.loss);
+        assert!(
+            (mean_of_means / whole.loss - 1.0).abs() > 10.0 * SPLIT_TOLERANCE,
+            "{mean_of_means} {}",
+            whole.loss
+        );
     }
 }
 
 /// The events of one kind in `run/metrics.jsonl`.
 fn metrics(workspace: &Workspace, kind: &str) -> Vec<Value> {
     let text = workspace.read("run/metrics.jsonl");
-    let events = text.lines().map(|line| serde_json::from_str::<Value>(line).expect(line));
+    let events = text
+        .lines()
+        .map(|line| serde_json::from_str::<Value>(line).expect(line));
     events.filter(|event| event["event"] == kind).collect()
 }
 
@@ -137,7 +177,10 @@ fn train(workspace: &Workspace, args: &[&str]) -> Ran {
 }
 
 fn column(events: &[Value], key: &str) -> Vec<f64> {
-    events.iter().map(|event| event[key].as_f64().expect(key)).collect()
+    events
+        .iter()
+        .map(|event| event[key].as_f64().expect(key))
+        .collect()
 }
 
 /// Writes `value` over the whole row of `id` in the base's embedding.
@@ -178,14 +221,27 @@ fn poisoned(value: f32) -> Workspace {
 fn a_loss_that_is_no_number_stops_with_step_and_rows() {
     for value in [f32::INFINITY, f32::NAN] {
         let workspace = poisoned(value);
-        let parts = ["step 3: the loss is", "data.jsonl:4;", "the last run state is kept"];
+        let parts = [
+            "step 3: the loss is",
+            "data.jsonl:4;",
+            "the last run state is kept",
+        ];
         train(&workspace, &[]).fails(1, &parts);
-        assert_eq!(workspace.names("run/states"), ["step-000002", "step-000003"]);
-        assert_eq!(column(&metrics(&workspace, "step"), "step"), [1.0, 2.0, 3.0]);
+        assert_eq!(
+            workspace.names("run/states"),
+            ["step-000002", "step-000003"]
+        );
+        assert_eq!(
+            column(&metrics(&workspace, "step"), "step"),
+            [1.0, 2.0, 3.0]
+        );
         assert!(!workspace.path("run/adapter").exists());
         // It goes on from there to the same end.
         train(&workspace, &["--resume"]).fails(1, &parts);
-        assert_eq!(workspace.names("run/states"), ["step-000002", "step-000003"]);
+        assert_eq!(
+            workspace.names("run/states"),
+            ["step-000002", "step-000003"]
+        );
     }
 }
 
@@ -201,9 +257,17 @@ fn a_validation_loss_that_is_no_number_stops_too() {
 #[test]
 fn a_learning_rate_that_explodes_is_named_as_the_remedy() {
     let workspace = Workspace::new();
-    let sets = ["adapter.rank=64", "adapter.alpha=1000000", "train.learning_rate=1",
-        "train.max_steps=200", "train.lr_scheduler=constant", "train.warmup_steps=0", "train.max_grad_norm=0",
-        "train.adam_beta1=0", "train.adam_beta2=0"];
+    let sets = [
+        "adapter.rank=64",
+        "adapter.alpha=1000000",
+        "train.learning_rate=1",
+        "train.max_steps=200",
+        "train.lr_scheduler=constant",
+        "train.warmup_steps=0",
+        "train.max_grad_norm=0",
+        "train.adam_beta1=0",
+        "train.adam_beta2=0",
+    ];
     let args: Vec<&str> = sets.iter().flat_map(|set| ["--set", *set]).collect();
     let ran = train(&workspace, &args);
     let steps = column(&metrics(&workspace, "step"), "loss");
@@ -220,9 +284,14 @@ fn a_learning_rate_that_explodes_is_named_as_the_remedy() {
 fn contradicting() -> Workspace {
     let workspace = Workspace::new();
     let rows = |answer: &str| -> String {
-        (0..4).map(|i| chat(&format!("Define {i}."), answer)).collect()
+        (0..4)
+            .map(|i| chat(&format!("Define {i}."), answer))
+            .collect()
     };
-    workspace.write("data.jsonl", &rows("A person who talks when you wish him to listen."));
+    workspace.write(
+        "data.jsonl",
+        &rows("A person who talks when you wish him to listen."),
+    );
     workspace.write("validation.jsonl", &rows("A person who talks, or kicks."));
     let recipe = "base: {model: base}\n\
         data: {train: [data.jsonl], validation: [validation.jsonl], max_seq_len: 64}\n\
@@ -244,15 +313,26 @@ fn a_run_stops_early_and_keeps_the_best() {
     let best = steps[losses.iter().position(|&loss| loss == lowest).unwrap()];
     assert!(best >= 2.0, "it never improved: {losses:?}");
     let last = *steps.last().unwrap();
-    assert_eq!(last, best + 6.0, "three evaluations after the best: {losses:?}");
+    assert_eq!(
+        last,
+        best + 6.0,
+        "three evaluations after the best: {losses:?}"
+    );
     let stop = metrics(&workspace, "early_stop");
-    assert_eq!((column(&stop, "step"), column(&stop, "best_step")), (vec![last], vec![best]));
-    assert_eq!(column(&metrics(&workspace, "step"), "step").len(), last as usize);
+    assert_eq!(
+        (column(&stop, "step"), column(&stop, "best_step")),
+        (vec![last], vec![best])
+    );
+    assert_eq!(
+        column(&metrics(&workspace, "step"), "step").len(),
+        last as usize
+    );
     let marked = evals.iter().filter(|eval| eval["best"] == true);
     assert_eq!(marked.last().unwrap()["step"].as_f64(), Some(best));
     let states = [best, last - 1.0, last].map(|step| format!("step-{step:06}"));
     assert_eq!(workspace.names("run/states"), states);
-    let adapter = |dir: &str| fs::read(workspace.path(dir).join("adapter_model.safetensors")).unwrap();
+    let adapter =
+        |dir: &str| fs::read(workspace.path(dir).join("adapter_model.safetensors")).unwrap();
     assert_ne!(adapter("run/adapter"), adapter("run/adapter-best"));
     // The best is what a run that ended there would have written.
     let steps = format!("train.max_steps={best}");
@@ -267,9 +347,15 @@ fn a_run_stops_early_and_keeps_the_best() {
 fn a_stopped_early_run_that_is_resumed_stays_stopped() {
     let workspace = contradicting();
     train(&workspace, &[]).exits(0);
-    let before = (workspace.names("run/states"), column(&metrics(&workspace, "eval"), "loss"));
+    let before = (
+        workspace.names("run/states"),
+        column(&metrics(&workspace, "eval"), "loss"),
+    );
     train(&workspace, &["--resume"]).exits(0);
-    let after = (workspace.names("run/states"), column(&metrics(&workspace, "eval"), "loss"));
+    let after = (
+        workspace.names("run/states"),
+        column(&metrics(&workspace, "eval"), "loss"),
+    );
     assert_eq!(before, after);
     assert_eq!(metrics(&workspace, "done").len(), 1);
 }
@@ -277,20 +363,45 @@ fn a_stopped_early_run_that_is_resumed_stays_stopped() {
 #[test]
 fn the_last_states_are_kept() {
     let workspace = Workspace::new();
-    let args = ["--set", "train.save_steps=1", "--set", "train.save_total_limit=3", "--set", "train.max_steps=6"];
+    let args = [
+        "--set",
+        "train.save_steps=1",
+        "--set",
+        "train.save_total_limit=3",
+        "--set",
+        "train.max_steps=6",
+    ];
     train(&workspace, &args).exits(0);
-    assert_eq!(workspace.names("run/states"), ["step-000004", "step-000005", "step-000006"]);
+    assert_eq!(
+        workspace.names("run/states"),
+        ["step-000004", "step-000005", "step-000006"]
+    );
 }
 
 /// Six rows in steps of four: two steps an epoch.
 #[test]
 fn epochs_and_steps_end_a_run() {
-    let small = ["--set", "train.gradient_accumulation_steps=2", "--overwrite"];
-    for (set, steps) in [("num_epochs=1", 2), ("num_epochs=1.5", 3), ("num_epochs=0.1", 1), ("max_steps=5", 5)] {
+    let small = [
+        "--set",
+        "train.gradient_accumulation_steps=2",
+        "--overwrite",
+    ];
+    for (set, steps) in [
+        ("num_epochs=1", 2),
+        ("num_epochs=1.5", 3),
+        ("num_epochs=0.1", 1),
+        ("max_steps=5", 5),
+    ] {
         let workspace = Workspace::new();
-        let recipe = workspace.read("recipe.yaml").replace("  max_steps: 4\n", "");
+        let recipe = workspace
+            .read("recipe.yaml")
+            .replace("  max_steps: 4\n", "");
         workspace.write("recipe.yaml", &recipe);
-        train(&workspace, &[&small[..], &["--set", &format!("train.{set}")]].concat()).exits(0);
+        train(
+            &workspace,
+            &[&small[..], &["--set", &format!("train.{set}")]].concat(),
+        )
+        .exits(0);
         let events = metrics(&workspace, "step");
         assert_eq!(events.len(), steps, "{set}");
         let epochs: Vec<f64> = (1..=steps).map(|step| step as f64 / 2.0).collect();
@@ -303,7 +414,14 @@ fn learning_rates_are_the_recipes() {
     let rates = |shape: &str| {
         let workspace = Workspace::new();
         let shape = format!("train.lr_scheduler={shape}");
-        let args = ["--set", &shape, "--set", "train.warmup_steps=2", "--set", "train.max_steps=6"];
+        let args = [
+            "--set",
+            &shape,
+            "--set",
+            "train.warmup_steps=2",
+            "--set",
+            "train.max_steps=6",
+        ];
         train(&workspace, &args).exits(0);
         column(&metrics(&workspace, "step"), "learning_rate")
     };
@@ -313,7 +431,13 @@ fn learning_rates_are_the_recipes() {
     let cosine = rates("cosine");
     let half = |x: f64| 0.5 * (1.0 + (std::f64::consts::PI * x).cos());
     let want = expected([0.0, 0.5, 1.0, half(0.25), 0.5, half(0.75)]);
-    assert!(cosine.iter().zip(want).all(|(got, want)| (got - want).abs() < 1e-15), "{cosine:?}");
+    assert!(
+        cosine
+            .iter()
+            .zip(want)
+            .all(|(got, want)| (got - want).abs() < 1e-15),
+        "{cosine:?}"
+    );
 }
 
 #[test]
@@ -321,7 +445,15 @@ fn a_run_is_replaced_only_when_asked_and_nothing_else_is() {
     let workspace = Workspace::new();
     train(&workspace, &[]).exits(0);
     let first = workspace.read("run/metrics.jsonl");
-    train(&workspace, &[]).fails(2, &["run already holds a run", "--resume", "--overwrite", "--out"]);
+    train(&workspace, &[]).fails(
+        2,
+        &[
+            "run already holds a run",
+            "--resume",
+            "--overwrite",
+            "--out",
+        ],
+    );
     assert_eq!(first, workspace.read("run/metrics.jsonl"));
     workspace.write("run/notes.txt", "mine");
     fs::create_dir(workspace.path("run/plots")).unwrap();
@@ -362,10 +494,17 @@ fn a_changed_recipe_or_dataset_is_not_continued() {
 #[test]
 fn two_processes_cannot_train_in_one_run() {
     let workspace = Workspace::new();
-    let long = ["train", "recipe.yaml", "--quiet", "--set", "train.max_steps=100000"];
+    let long = [
+        "train",
+        "recipe.yaml",
+        "--quiet",
+        "--set",
+        "train.max_steps=100000",
+    ];
     let mut first = workspace.command(&long).spawn().expect("lorafit starts");
     let begin = Instant::now();
-    let training = || workspace.path("run/metrics.jsonl").exists() && !metrics(&workspace, "start").is_empty();
+    let training =
+        || workspace.path("run/metrics.jsonl").exists() && !metrics(&workspace, "start").is_empty();
     while !training() {
         assert!(begin.elapsed() < Duration::from_secs(60) && first.try_wait().unwrap().is_none());
         std::thread::sleep(Duration::from_millis(2));

@@ -39,22 +39,47 @@ pub(super) fn summary(prepared: &Prepared, renderer: &mut Renderer) {
     let loader = trainer::loader(&prepared.plan, prepared.dataset.train.len());
     let steps = trainer::total_steps(&prepared.plan, &loader);
     renderer.facts(&[
-        ("base", format!("{} ({} layers, hidden {})",
-            prepared.base.display(),
-            prepared.config.num_hidden_layers,
-            prepared.config.hidden_size)),
-        ("data", format!("{} rows ({}), {} train, {} validation",
-            report.rows,
-            format!("{:?}", report.format).to_lowercase(),
-            report.train_samples,
-            report.validation_samples)),
-        ("tokens", format!("{} ({} train), longest sample {}, {} truncated, {} dropped",
-            report.tokens, report.trained_tokens, report.longest, report.truncated, report.dropped)),
-        ("adapters", match &prepared.adapter {
-            Some(choice) => format!("{} modules", choice.modules.len()),
-            None => "none, all weights train".to_string(),
-        }),
-        ("steps", format!("{steps} ({} an epoch)", loader.steps_per_epoch())),
+        (
+            "base",
+            format!(
+                "{} ({} layers, hidden {})",
+                prepared.base.display(),
+                prepared.config.num_hidden_layers,
+                prepared.config.hidden_size
+            ),
+        ),
+        (
+            "data",
+            format!(
+                "{} rows ({}), {} train, {} validation",
+                report.rows,
+                format!("{:?}", report.format).to_lowercase(),
+                report.train_samples,
+                report.validation_samples
+            ),
+        ),
+        (
+            "tokens",
+            format!(
+                "{} ({} train), longest sample {}, {} truncated, {} dropped",
+                report.tokens,
+                report.trained_tokens,
+                report.longest,
+                report.truncated,
+                report.dropped
+            ),
+        ),
+        (
+            "adapters",
+            match &prepared.adapter {
+                Some(choice) => format!("{} modules", choice.modules.len()),
+                None => "none, all weights train".to_string(),
+            },
+        ),
+        (
+            "steps",
+            format!("{steps} ({} an epoch)", loader.steps_per_epoch()),
+        ),
         ("output", prepared.plan.output_dir.display().to_string()),
     ]);
 }

@@ -12,8 +12,7 @@ use crate::data::tokenize::ChatTokenizer;
 use crate::device;
 use crate::infer::{self, Sampling};
 use crate::model::weights::Weights;
-use crate::model::{CausalLm, hub};
-use crate::train::prepare::linear_shapes;
+use crate::model::{CausalLm, hub, names};
 
 /// Generates and streams the answer.
 ///
@@ -49,7 +48,7 @@ pub fn run(args: &GenerateArgs, output: &Output) -> anyhow::Result<Exit> {
         CausalLm::load(&weights, config, &device.device).context("cannot load the base model")?;
     if let Some(dir) = &args.adapter {
         let (config, pairs) = peft::read_adapter(dir)?;
-        let modules = peft::fit(dir, &config, &pairs, &linear_shapes(model.config()))?;
+        let modules = peft::fit(dir, &config, &pairs, &names::linear_shapes(model.config()))?;
         inject::inject(&mut model, &modules, 0.0, &Init::Loaded(&pairs));
     }
     interrupt::listen()?;

@@ -13,7 +13,9 @@ pub fn listen() -> anyhow::Result<()> {
         if ASKED.swap(true, Ordering::SeqCst) {
             std::process::exit(130);
         }
-        eprintln!("\nstopping after this micro-batch and saving; press Ctrl-C again to quit at once");
+        eprintln!(
+            "\nstopping after this micro-batch and saving; press Ctrl-C again to quit at once"
+        );
     })?;
     Ok(())
 }

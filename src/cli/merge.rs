@@ -28,7 +28,9 @@ struct Request {
 pub fn run(args: &MergeArgs, output: &Output) -> anyhow::Result<()> {
     let mut renderer = Renderer::new(*output);
     let request = request(args)?;
-    let base = hub::locate(&request.base, &request.revision, &mut |p| renderer.download(&p))?;
+    let base = hub::locate(&request.base, &request.revision, &mut |p| {
+        renderer.download(&p)
+    })?;
     let job = MergeJob {
         base: &base,
         adapter: &request.adapter,
@@ -42,7 +44,11 @@ pub fn run(args: &MergeArgs, output: &Output) -> anyhow::Result<()> {
     };
     // A kill leaves a directory beside `out` that the next merge removes.
     if let Some(parent) = request.out.parent() {
-        crate::export::write::clean_up(if parent == Path::new("") { Path::new(".") } else { parent })?;
+        crate::export::write::clean_up(if parent == Path::new("") {
+            Path::new(".")
+        } else {
+            parent
+        })?;
     }
     interrupt::listen()?;
     let prepared = merged::prepare(&job, &mut |p| renderer.merging(&p))?;
@@ -53,16 +59,44 @@ pub fn run(args: &MergeArgs, output: &Output) -> anyhow::Result<()> {
     let comparison = if args.no_verify {
         None
     } else {
-        let cpu = DeviceSpec { kind: DeviceKind::Cpu, index: None };
+        let cpu = DeviceSpec {
+            kind: DeviceKind::Cpu,
+            index: None,
+        };
         let device = device::open(cpu)?.device;
-        Some(verify::verify(&base, &request.adapter, prepared.path(), &device)?)
+        Some(verify::verify(
+            &base,
+            &request.adapter,
+            prepared.path(),
+            &device,
+        )?)
     };
     let report = prepared.publish()?;
     let mut facts = vec![
-        ("merged", format!("{} modules into {}", report.modules.len(), request.out.display())),
-        ("written", format!("{} tensors, {} in {} file(s)", report.written.tensors,
-            bytes(report.written.bytes), report.written.shards)),
-        ("delta", format!("norm {:.4}, largest element {:.3e}", report.delta_norm, report.max_abs_delta)),
+        (
+            "merged",
+            format!(
+                "{} modules into {}",
+                report.modules.len(),
+                request.out.display()
+            ),
+        ),
+        (
+            "written",
+            format!(
+                "{} tensors, {} in {} file(s)",
+                report.written.tensors,
+                bytes(report.written.bytes),
+                report.written.shards
+            ),
+        ),
+        (
+            "delta",
+            format!(
+                "norm {:.4}, largest element {:.3e}",
+                report.delta_norm, report.max_abs_delta
+            ),
+        ),
     ];
     if !report.unchanged.is_empty() {
         facts.push(("lost in rounding", report.unchanged.join(", ")));
@@ -79,7 +113,8 @@ pub fn run(args: &MergeArgs, output: &Output) -> anyhow::Result<()> {
 fn request(args: &MergeArgs) -> anyhow::Result<Request> {
     let usage = |text: String| anyhow::Error::from(Usage(text));
     let Some(run) = &args.run_dir else {
-        let missing = || usage("merge needs a run directory, or --base, --adapter and --out".into());
+        let missing =
+            || usage("merge needs a run directory, or --base, --adapter and --out".into());
         return Ok(Request {
             base: args.base.clone().ok_or_else(missing)?,
             revision: args.revision.clone(),

@@ -63,7 +63,9 @@ impl Renderer {
                 seconds,
                 ..
             } => {
-                let memory = memory_bytes.map(|b| format!("  mem {}", bytes(b))).unwrap_or_default();
+                let memory = memory_bytes
+                    .map(|b| format!("  mem {}", bytes(b)))
+                    .unwrap_or_default();
                 let numbers = format!(
                     "loss {loss:.4}  lr {learning_rate:.2e}  grad {grad_norm:.3}  {tokens_per_second:.0} tok/s{memory}"
                 );
@@ -105,8 +107,13 @@ impl Renderer {
                 step, loss, output, ..
             } => {
                 self.finish_bar();
-                let loss = loss.map(|loss| format!(", loss {loss:.4}")).unwrap_or_default();
-                self.line(&format!("done after {step} steps{loss}: {}", output.display()));
+                let loss = loss
+                    .map(|loss| format!(", loss {loss:.4}"))
+                    .unwrap_or_default();
+                self.line(&format!(
+                    "done after {step} steps{loss}: {}",
+                    output.display()
+                ));
             }
         }
     }
@@ -163,7 +170,9 @@ impl Renderer {
         }
         let bar = ProgressBar::new(length as u64).with_position(position as u64);
         let style = "{bar:24} {pos}/{len}  {msg}  {eta} left";
-        bar.set_style(ProgressStyle::with_template(style).unwrap_or_else(|_| ProgressStyle::default_bar()));
+        bar.set_style(
+            ProgressStyle::with_template(style).unwrap_or_else(|_| ProgressStyle::default_bar()),
+        );
         bar.enable_steady_tick(Duration::from_millis(500));
         self.bar = Some(bar);
     }
@@ -173,7 +182,10 @@ impl Renderer {
 pub fn error(error: &anyhow::Error, output: &Output) {
     if output.json {
         let chain: Vec<String> = error.chain().map(ToString::to_string).collect();
-        println!("{}", serde_json::json!({"event": "error", "message": chain.join(": ")}));
+        println!(
+            "{}",
+            serde_json::json!({"event": "error", "message": chain.join(": ")})
+        );
     }
     eprintln!("error: {error:#}");
 }

@@ -126,9 +126,15 @@ fn write_results(
     let metric = |name: &str, value: Option<f64>| Some((name.into(), format!("{:.4}", value?)));
     let mut metrics: Vec<(String, String)> = vec![("steps".into(), progress.step.to_string())];
     metrics.extend(metric("training loss", progress.loss));
-    metrics.extend(metric("lowest validation loss", progress.best.map(|best| best.loss)));
+    metrics.extend(metric(
+        "lowest validation loss",
+        progress.best.map(|best| best.loss),
+    ));
     finish::write(prepared, model, metrics, &last).context("cannot write the result")?;
-    if let Some(found) = progress.best.filter(|best| best.step != progress.step && best.step > 0) {
+    if let Some(found) = progress
+        .best
+        .filter(|best| best.step != progress.step && best.step > 0)
+    {
         run_state::load_weights(&run.states(), found.step, model)?;
         let mut metrics = vec![("steps".into(), found.step.to_string())];
         metrics.extend(metric("validation loss", Some(found.loss)));

@@ -322,9 +322,7 @@ impl<'a> Merger<'a> {
         adapter: &AdapterConfig,
         mut pairs: BTreeMap<String, LoraPair>,
     ) -> Result<Self, MergeError> {
-        let linears: Vec<(String, [usize; 2])> = (names::linears(config).into_iter())
-            .map(|linear| (linear.path, [linear.out_features, linear.in_features]))
-            .collect();
+        let linears = names::linear_shapes(config);
         let fitted = fit(job.adapter, adapter, &pairs, &linears)?;
         let adds =
             |pair: &LoraPair| pair.a.iter().any(|x| *x != 0.0) && pair.b.iter().any(|x| *x != 0.0);

@@ -80,10 +80,7 @@ pub fn verify(
         let probe = probe(&model);
         let plain = logits(&model, &probe);
         let (config, pairs) = peft::read_adapter(adapter)?;
-        let linears = names::linears(model.config());
-        let shapes: Vec<_> = (linears.into_iter())
-            .map(|l| (l.path, [l.out_features, l.in_features]))
-            .collect();
+        let shapes = names::linear_shapes(model.config());
         let modules = peft::fit(adapter, &config, &pairs, &shapes)?;
         inject::inject(&mut model, &modules, 0.0, &Init::Loaded(&pairs));
         (logits(&model.frozen(), &probe), plain)

@@ -195,7 +195,10 @@ pub(super) fn forward(
             let lse_at = (sample * heads.heads + head) * t + first;
             for (i, row) in scores.chunks_exact_mut(seen).enumerate() {
                 let visible = sizes.visible(first + i);
-                let value = flex::vectorised(#[inline(always)] || softmax_row(row, visible));
+                let value = flex::vectorised(
+                    #[inline(always)]
+                    || softmax_row(row, visible),
+                );
                 // SAFETY: each task owns the rows of its block and head.
                 unsafe { *lse_ptr.at(lse_at + i) = value };
             }
@@ -361,18 +364,21 @@ impl BackwardPass<'_> {
         );
         flex::matmul(d_scores, seen, Store::Set, 1.0, (grads, values.t()), one);
         let lse_at = (sample * self.heads.heads + head) * t + first;
-        flex::vectorised(#[inline(always)] || {
-            let rows = probs
-                .chunks_exact_mut(seen)
-                .zip(d_scores.chunks_exact_mut(seen));
-            for (i, (p, ds)) in rows.enumerate() {
-                let at = place + i * q_width;
-                let (o, g) = (&self.out[at..at + d], &self.grad[at..at + d]);
-                let delta: f32 = o.iter().zip(g).map(|(o, g)| o * g).sum();
-                let visible = self.sizes.visible(first + i);
-                scores_backward((p, ds), visible, self.lse[lse_at + i], delta);
-            }
-        });
+        flex::vectorised(
+            #[inline(always)]
+            || {
+                let rows = probs
+                    .chunks_exact_mut(seen)
+                    .zip(d_scores.chunks_exact_mut(seen));
+                for (i, (p, ds)) in rows.enumerate() {
+                    let at = place + i * q_width;
+                    let (o, g) = (&self.out[at..at + d], &self.grad[at..at + d]);
+                    let delta: f32 = o.iter().zip(g).map(|(o, g)| o * g).sum();
+                    let visible = self.sizes.visible(first + i);
+                    scores_backward((p, ds), visible, self.lse[lse_at + i], delta);
+                }
+            },
+        );
         let (p, ds) = (
             Matrix::new(probs, rows, seen),
             Matrix::new(d_scores, rows, seen),

@@ -109,7 +109,12 @@ pub(super) fn forward(
         let losses: Vec<f64> = logits
             .par_chunks_exact_mut(v)
             .zip(rows)
-            .map(|(row, &at)| flex::vectorised(#[inline(always)] || loss_row(row, targets[at] as usize)))
+            .map(|(row, &at)| {
+                flex::vectorised(
+                    #[inline(always)]
+                    || loss_row(row, targets[at] as usize),
+                )
+            })
             .collect();
         loss += losses.iter().sum::<f64>();
         // `logits` now holds softmax - onehot, the gradient of the summed loss.

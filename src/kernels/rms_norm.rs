@@ -58,14 +58,17 @@ pub(super) fn forward(x: FlexTensor, weight: FlexTensor, eps: f32) -> FlexTensor
     out.par_chunks_mut(task)
         .zip(input.par_chunks(task))
         .for_each(|(out, input)| {
-            flex::vectorised(#[inline(always)] || {
-                for (y, x) in out.chunks_exact_mut(d).zip(input.chunks_exact(d)) {
-                    let scale = inverse_rms(x, eps);
-                    for ((y, x), w) in y.iter_mut().zip(x).zip(w) {
-                        *y = x * scale * w;
+            flex::vectorised(
+                #[inline(always)]
+                || {
+                    for (y, x) in out.chunks_exact_mut(d).zip(input.chunks_exact(d)) {
+                        let scale = inverse_rms(x, eps);
+                        for ((y, x), w) in y.iter_mut().zip(x).zip(w) {
+                            *y = x * scale * w;
+                        }
                     }
-                }
-            })
+                },
+            )
         });
     flex::tensor(out, [n, d])
 }
@@ -96,12 +99,15 @@ pub(super) fn backward(
         .zip(g.par_chunks(task))
         .map(|((dx, input), g)| {
             let mut dw = vec![0f32; d];
-            flex::vectorised(#[inline(always)] || {
-                let rows = dx.chunks_exact_mut(d).zip(input.chunks_exact(d));
-                for ((dx, x), g) in rows.zip(g.chunks_exact(d)) {
-                    backward_row(dx, &mut dw, (x, w, g), eps);
-                }
-            });
+            flex::vectorised(
+                #[inline(always)]
+                || {
+                    let rows = dx.chunks_exact_mut(d).zip(input.chunks_exact(d));
+                    for ((dx, x), g) in rows.zip(g.chunks_exact(d)) {
+                        backward_row(dx, &mut dw, (x, w, g), eps);
+                    }
+                },
+            );
             dw
         })
         .collect();

@@ -57,20 +57,23 @@ pub(super) fn rotate(x: FlexTensor, cos: FlexTensor, sin: FlexTensor, sign: f32)
     out.par_chunks_mut(rows * width)
         .enumerate()
         .for_each(|(task, out)| {
-            flex::vectorised(#[inline(always)] || {
-                for (i, row) in out.chunks_exact_mut(width).enumerate() {
-                    let at = (task * rows + i) * half;
-                    let (cos, sin) = (&cos[at..at + half], &sin[at..at + half]);
-                    for head in row.chunks_exact_mut(2 * half) {
-                        let (first, second) = head.split_at_mut(half);
-                        for j in 0..half {
-                            let (a, b, s) = (first[j], second[j], sin[j] * sign);
-                            first[j] = a * cos[j] - b * s;
-                            second[j] = b * cos[j] + a * s;
+            flex::vectorised(
+                #[inline(always)]
+                || {
+                    for (i, row) in out.chunks_exact_mut(width).enumerate() {
+                        let at = (task * rows + i) * half;
+                        let (cos, sin) = (&cos[at..at + half], &sin[at..at + half]);
+                        for head in row.chunks_exact_mut(2 * half) {
+                            let (first, second) = head.split_at_mut(half);
+                            for j in 0..half {
+                                let (a, b, s) = (first[j], second[j], sin[j] * sign);
+                                first[j] = a * cos[j] - b * s;
+                                second[j] = b * cos[j] + a * s;
+                            }
                         }
                     }
-                }
-            })
+                },
+            )
         });
     flex::tensor(out, [n, width])
 }

@@ -49,11 +49,14 @@ pub(super) fn forward(gate: FlexTensor, up: FlexTensor) -> FlexTensor {
         .zip(flex::elements(&gate).par_chunks(TASK))
         .zip(flex::elements(&up).par_chunks(TASK))
         .for_each(|((out, gate), up)| {
-            flex::vectorised(#[inline(always)] || {
-                for ((y, g), u) in out.iter_mut().zip(gate).zip(up) {
-                    *y = g * sigmoid(*g) * u;
-                }
-            })
+            flex::vectorised(
+                #[inline(always)]
+                || {
+                    for ((y, g), u) in out.iter_mut().zip(gate).zip(up) {
+                        *y = g * sigmoid(*g) * u;
+                    }
+                },
+            )
         });
     flex::tensor(out, [n, f])
 }
@@ -77,14 +80,17 @@ pub(super) fn backward(
         .zip(flex::elements(&up).par_chunks(TASK))
         .zip(flex::elements(&grad).par_chunks(TASK))
         .for_each(|((((d_gate, d_up), gate), up), grad)| {
-            flex::vectorised(#[inline(always)] || {
-                let outputs = d_gate.iter_mut().zip(&mut *d_up);
-                for (((dg, du), (g, u)), dy) in outputs.zip(gate.iter().zip(up)).zip(grad) {
-                    let s = sigmoid(*g);
-                    *dg = dy * u * s * (1.0 + g * (1.0 - s));
-                    *du = dy * g * s;
-                }
-            })
+            flex::vectorised(
+                #[inline(always)]
+                || {
+                    let outputs = d_gate.iter_mut().zip(&mut *d_up);
+                    for (((dg, du), (g, u)), dy) in outputs.zip(gate.iter().zip(up)).zip(grad) {
+                        let s = sigmoid(*g);
+                        *dg = dy * u * s * (1.0 + g * (1.0 - s));
+                        *du = dy * g * s;
+                    }
+                },
+            )
         });
     (flex::tensor(d_gate, [n, f]), flex::tensor(d_up, [n, f]))
 }

@@ -170,6 +170,14 @@ pub fn linear_modules(config: &ModelConfig) -> Vec<String> {
         .collect()
 }
 
+/// Path and `[out, in]` of every linear layer but the output head, in the model's order.
+pub fn linear_shapes(config: &ModelConfig) -> Vec<(String, [usize; 2])> {
+    linears(config)
+        .into_iter()
+        .map(|linear| (linear.path, [linear.out_features, linear.in_features]))
+        .collect()
+}
+
 /// The module path of every norm, in the model's order.
 pub fn norms(config: &ModelConfig) -> Vec<String> {
     let parts = match config.architecture {

@@ -55,7 +55,13 @@ pub fn write(
                 Ok(_) => Ok(()),
                 Err(error) => Err(error.into()),
             };
-            Ok(write_adapter(dir, &choice.config, &pairs, save_tokenizer, &card)?)
+            Ok(write_adapter(
+                dir,
+                &choice.config,
+                &pairs,
+                save_tokenizer,
+                &card,
+            )?)
         }
         None => write_whole_model(run, model, dir),
     }
@@ -71,9 +77,14 @@ fn write_whole_model(run: &Prepared, model: &mut CausalLm, dir: &Path) -> Result
     let config = base_config(run)?;
     let dtype = stored_dtype(run, &config);
     let partial = PartialDir::create(dir)?;
-    write_model(partial.path(), &config, &tensors, dtype, DEFAULT_SHARD_SIZE, |name| {
-        Ok::<_, WriteError>(values.get(name).cloned().map(to_vec).unwrap_or_default())
-    })?;
+    write_model(
+        partial.path(),
+        &config,
+        &tensors,
+        dtype,
+        DEFAULT_SHARD_SIZE,
+        |name| Ok::<_, WriteError>(values.get(name).cloned().map(to_vec).unwrap_or_default()),
+    )?;
     copy_generation_config(run, partial.path())?;
     let saved = run.tokenizer.save(partial.path());
     saved.map_err(|error| FinishError::Tokenizer(error.into()))?;
@@ -84,8 +95,9 @@ fn write_whole_model(run: &Prepared, model: &mut CausalLm, dir: &Path) -> Result
 fn base_config(run: &Prepared) -> Result<Value, FinishError> {
     let path = run.base.join("config.json");
     match std::fs::read_to_string(&path) {
-        Ok(text) => serde_json::from_str(&text)
-            .map_err(|e| WriteError::io("read", &path, e.into()).into()),
+        Ok(text) => {
+            serde_json::from_str(&text).map_err(|e| WriteError::io("read", &path, e.into()).into())
+        }
         Err(_) => Ok(run.config.to_hf_json("bfloat16", &run.base)?),
     }
 }

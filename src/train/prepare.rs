@@ -64,9 +64,7 @@ struct Findings(Vec<String>);
 
 impl Findings {
     fn take<T, E: fmt::Display>(&mut self, result: Result<T, E>) -> Option<T> {
-        result
-            .map_err(|error| self.0.push(error.to_string()))
-            .ok()
+        result.map_err(|error| self.0.push(error.to_string())).ok()
     }
 }
 
@@ -141,7 +139,7 @@ fn choose_adapters(
     }
     if let Some(dir) = &plan.adapter.init_from {
         let (adapter_config, values) = findings.take(peft::read_adapter(dir))?;
-        let linears = linear_shapes(config);
+        let linears = names::linear_shapes(config);
         let fit = peft::fit(dir, &adapter_config, &values, &linears);
         return Some(AdapterChoice {
             modules: findings.take(fit)?,
@@ -167,14 +165,6 @@ fn choose_adapters(
         modules,
         values: None,
     })
-}
-
-/// Path and `[out, in]` of each linear layer that can carry an adapter.
-pub fn linear_shapes(config: &ModelConfig) -> Vec<(String, [usize; 2])> {
-    names::linears(config)
-        .into_iter()
-        .map(|linear| (linear.path, [linear.out_features, linear.in_features]))
-        .collect()
 }
 
 /// A tokenizer with more ids than the model has embeddings would read past the table.

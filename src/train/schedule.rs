@@ -62,8 +62,14 @@ mod tests {
 
     #[test]
     fn shapes_are_transformers() {
-        assert_eq!(rates(LrScheduler::Constant), [0.0, 0.5, 1.0, 1.0, 1.0, 1.0, 1.0]);
-        assert_eq!(rates(LrScheduler::Linear), [0.0, 0.5, 1.0, 0.75, 0.5, 0.25, 0.0]);
+        assert_eq!(
+            rates(LrScheduler::Constant),
+            [0.0, 0.5, 1.0, 1.0, 1.0, 1.0, 1.0]
+        );
+        assert_eq!(
+            rates(LrScheduler::Linear),
+            [0.0, 0.5, 1.0, 0.75, 0.5, 0.25, 0.0]
+        );
         let cosine = rates(LrScheduler::Cosine);
         assert_eq!(cosine[2], 1.0);
         assert!((cosine[4] - 0.5).abs() < 1e-12);
