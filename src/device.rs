@@ -1,6 +1,7 @@
 //! From a device name to a burn device, and values back from one.
 
 use std::fmt;
+use std::panic::{self, AssertUnwindSafe};
 use std::str::FromStr;
 
 use burn::tensor::{Device, Tensor};
@@ -98,7 +99,7 @@ impl FromStr for DeviceSpec {
 pub enum DeviceError {
     /// The binary lacks the backend.
     #[error(
-        "this lorafit was built without {0}; build it with `cargo install lorafit --features {0}`, or use --device cpu"
+        "this lorafit was built without {0}; build it with `cargo build --release --features {0}`, or use --device cpu"
     )]
     NotBuilt(DeviceKind),
     /// No such device.
@@ -138,16 +139,21 @@ pub fn gpu_kinds() -> Vec<DeviceKind> {
 
 /// The devices of one kind on this machine, the best first.
 pub fn available(kind: DeviceKind) -> Vec<Available> {
+    match kind {
+        DeviceKind::Auto => gpu_kinds().into_iter().flat_map(available).collect(),
+        DeviceKind::Cpu => vec![Available {
+            spec: DeviceSpec { kind, index: None },
+            name: format!("{} threads", rayon::current_num_threads()),
+            software: true,
+            device: Device::flex(),
+        }],
+        gpu => without_panic(|| gpus(gpu)),
+    }
+}
+
+/// The GPUs that one driver offers.
+fn gpus(kind: DeviceKind) -> Vec<Available> {
     let devices: Vec<Device> = match kind {
-        DeviceKind::Auto => return gpu_kinds().into_iter().flat_map(available).collect(),
-        DeviceKind::Cpu => {
-            return vec![Available {
-                spec: DeviceSpec { kind, index: None },
-                name: format!("{} threads", rayon::current_num_threads()),
-                software: true,
-                device: Device::flex(),
-            }];
-        }
         #[cfg(feature = "cuda")]
         DeviceKind::Cuda => Device::enumerate(burn::tensor::DeviceType::Cuda).into_vec(),
         #[cfg(feature = "metal")]
@@ -157,7 +163,6 @@ pub fn available(kind: DeviceKind) -> Vec<Available> {
         // `Device::webgpu` is the browser's; natively WGSL runs through the automatic choice.
         #[cfg(feature = "webgpu")]
         DeviceKind::WebGpu => Device::enumerate(burn::tensor::DeviceType::Wgpu).into_vec(),
-        #[allow(unreachable_patterns, reason = "reachable unless every feature is on")]
         _ => Vec::new(),
     };
     let numbered = devices.into_iter().enumerate();
@@ -175,6 +180,16 @@ pub fn available(kind: DeviceKind) -> Vec<Available> {
             }
         })
         .collect()
+}
+
+/// What a probe finds; nothing where it panics, as burn does where a driver's library is missing.
+/// The panic is not shown: no device of that kind is an answer, not a fault.
+fn without_panic<T>(probe: impl FnOnce() -> Vec<T>) -> Vec<T> {
+    let hook = panic::take_hook();
+    panic::set_hook(Box::new(|_| {}));
+    let found = panic::catch_unwind(AssertUnwindSafe(probe));
+    panic::set_hook(hook);
+    found.unwrap_or_default()
 }
 
 /// What a GPU calls itself, and whether it is none.
@@ -238,5 +253,12 @@ mod tests {
         for name in ["", "gpu", "cuda:", "cuda:x", "cuda:-1", "cpu:0", "auto:1"] {
             assert!(name.parse::<DeviceSpec>().is_err(), "{name}");
         }
+    }
+
+    #[test]
+    fn a_driver_that_panics_offers_nothing() {
+        let found: Vec<u8> = without_panic(|| panic!("no libcuda.so"));
+        assert!(found.is_empty());
+        assert_eq!(without_panic(|| vec![1]), [1]);
     }
 }

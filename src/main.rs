@@ -3,16 +3,16 @@
 use std::process::ExitCode;
 
 use clap::Parser;
-use lorafit::cli::{self, Exit, Usage, args::Cli};
+use lorafit::cli::{self, Exit, args::Cli};
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
     match cli::run(&cli) {
         Ok(Exit::Done) => ExitCode::SUCCESS,
-        Ok(Exit::Interrupted) => ExitCode::from(130),
+        Ok(Exit::Interrupted) => ExitCode::from(cli::INTERRUPTED),
         Err(error) => {
             cli::render::error(&error, &cli.output);
-            ExitCode::from(if error.is::<Usage>() { 2 } else { 1 })
+            ExitCode::from(cli::exit_code(&error))
         }
     }
 }

@@ -2,11 +2,12 @@
 
 use std::path::PathBuf;
 
-use clap::builder::PossibleValuesParser;
+use clap::builder::{PossibleValue, PossibleValuesParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use serde::de::DeserializeOwned;
 
 use crate::device::DeviceSpec;
+use crate::export::model::SaveDtype;
 use crate::recipe::{load, schema};
 
 /// Fine-tunes open-weight language models with LoRA on one GPU or a CPU.
@@ -152,7 +153,7 @@ pub struct MergeArgs {
     pub out: Option<PathBuf>,
     /// Number format of the merged weights [default: that of the base]
     #[arg(long)]
-    pub dtype: Option<MergeDtype>,
+    pub dtype: Option<SaveDtype>,
     /// Largest weight file: bytes, or with a unit such as 500MB, 5GB, 1GiB
     #[arg(long, value_name = "SIZE", default_value = "5GB", value_parser = parse_bytes)]
     pub shard_size: u64,
@@ -161,15 +162,18 @@ pub struct MergeArgs {
     pub no_verify: bool,
 }
 
-/// Number format of merged weights.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum MergeDtype {
-    /// 16 bits, the exponent of f32
-    Bf16,
-    /// 16 bits, IEEE half
-    F16,
-    /// 32 bits
-    F32,
+impl ValueEnum for SaveDtype {
+    fn value_variants<'a>() -> &'a [Self] {
+        &[Self::Bf16, Self::F16, Self::F32]
+    }
+
+    fn to_possible_value(&self) -> Option<PossibleValue> {
+        Some(match self {
+            Self::Bf16 => PossibleValue::new("bf16").help("16 bits, the exponent of f32"),
+            Self::F16 => PossibleValue::new("f16").help("16 bits, IEEE half"),
+            Self::F32 => PossibleValue::new("f32").help("32 bits"),
+        })
+    }
 }
 
 /// `lorafit generate`

@@ -2,84 +2,180 @@
 
 use std::path::Path;
 
+use serde::Serialize;
+
 use super::Usage;
-use super::args::{CheckArgs, Output};
-use super::render::Renderer;
+use super::args::{CheckArgs, Output, RecipeArgs};
+use super::print::print;
+use super::render::{Renderer, count};
+use super::warnings::{self, Warning};
+use crate::data::DataReport;
 use crate::device;
-use crate::recipe::{Plan, load};
+use crate::export::write::is_taken;
+use crate::model::{names, weights};
+use crate::recipe::{AdapterMethod, Plan, load};
 use crate::train::prepare::{self, Prepared};
 use crate::train::trainer;
 
-/// Checks recipe, base model, data, adapters and device.
+/// Checks recipe, base model, data, adapters, device and run directory.
 ///
 /// # Errors
 /// All faults at once.
 pub fn run(args: &CheckArgs, output: &Output) -> anyhow::Result<()> {
     let mut renderer = Renderer::new(*output);
-    device::open(args.recipe.device).map_err(|error| Usage(error.to_string()))?;
-    let prepared = prepared(&args.recipe.recipe, &args.recipe.set, &mut renderer)?;
-    summary(&prepared, &mut renderer);
-    Ok(())
+    let device = device::open(args.recipe.device).map_err(|error| Usage(error.to_string()))?;
+    let prepared = prepared(&args.recipe, &args.recipe.set, &mut renderer)?;
+    summary(&prepared, &device, &mut renderer);
+    if is_taken(&prepared.plan.output_dir) {
+        let output_dir = prepared.plan.output_dir.clone();
+        renderer.warn(&Warning::OutputTaken { output_dir });
+    }
+    ok(&args.recipe.recipe, output)
+}
+
+/// Says that nothing is wrong.
+pub(super) fn ok(recipe: &Path, output: &Output) -> anyhow::Result<()> {
+    if output.json {
+        print(&format!("{}\n", serde_json::json!({"event": "ok"})))
+    } else {
+        print(&format!("ok: {} can be trained\n", recipe.display()))
+    }
 }
 
 /// Loads a recipe and prepares what it names.
 pub(super) fn prepared(
-    recipe: &Path,
+    args: &RecipeArgs,
     sets: &[String],
     renderer: &mut Renderer,
 ) -> anyhow::Result<Prepared> {
-    let plan: Plan = load::load(recipe, sets).map_err(|faults| Usage(faults.to_string()))?;
+    let plan: Plan = load::load(&args.recipe, sets).map_err(|faults| Usage(faults.to_string()))?;
     let prepared = prepare::prepare(plan, &mut |progress| renderer.download(&progress));
+    renderer.finish_bar();
     Ok(prepared.map_err(|error| Usage(error.to_string()))?)
 }
 
-/// What will be trained, in a few lines.
-pub(super) fn summary(prepared: &Prepared, renderer: &mut Renderer) {
-    let report = &prepared.dataset.report;
-    let loader = trainer::loader(&prepared.plan, prepared.dataset.train.len());
-    let steps = trainer::total_steps(&prepared.plan, &loader);
-    renderer.facts(&[
-        (
-            "base",
-            format!(
-                "{} ({} layers, hidden {})",
-                prepared.base.display(),
-                prepared.config.num_hidden_layers,
-                prepared.config.hidden_size
-            ),
-        ),
-        (
-            "data",
-            format!(
-                "{} rows ({}), {} train, {} validation",
-                report.rows,
-                format!("{:?}", report.format).to_lowercase(),
-                report.train_samples,
-                report.validation_samples
-            ),
-        ),
-        (
-            "tokens",
-            format!(
-                "{} ({} train), longest sample {}, {} truncated, {} dropped",
-                report.tokens,
-                report.trained_tokens,
-                report.longest,
-                report.truncated,
-                report.dropped
-            ),
-        ),
-        (
-            "adapters",
-            match &prepared.adapter {
-                Some(choice) => format!("{} modules", choice.modules.len()),
-                None => "none, all weights train".to_string(),
-            },
-        ),
-        (
-            "steps",
-            format!("{steps} ({} an epoch)", loader.steps_per_epoch()),
-        ),
-        ("output", prepared.plan.output_dir.display().to_string()),
-    ]);
+/// What will be trained.
+#[derive(Serialize)]
+struct Summary<'a> {
+    event: &'static str,
+    base: Base<'a>,
+    data: &'a DataReport,
+    /// Share of the training tokens that train, in `[0, 1]`.
+    trained_share: f64,
+    method: AdapterMethod,
+    /// Linear layers that carry an adapter; 0 with `adapter.method: full`.
+    adapters: usize,
+    trainable_parameters: usize,
+    steps: usize,
+    steps_per_epoch: usize,
+    epochs: f64,
+    device: String,
+    output_dir: &'a Path,
+}
+
+#[derive(Serialize)]
+struct Base<'a> {
+    path: &'a Path,
+    layers: usize,
+    hidden_size: usize,
+    vocab_size: usize,
+    positions: usize,
+    parameters: usize,
+}
+
+/// Shows what will be trained, and what to know about it.
+pub(super) fn summary(prepared: &Prepared, device: &device::Available, renderer: &mut Renderer) {
+    let summary = summarise(prepared, format!("{} ({})", device.spec, device.name));
+    let event = serde_json::to_value(&summary).unwrap_or_default();
+    renderer.facts(&event, &lines(&summary));
+    for warning in warnings::of_run(prepared) {
+        renderer.warn(&warning);
+    }
+}
+
+fn summarise(prepared: &Prepared, device: String) -> Summary<'_> {
+    let (plan, config, data) = (&prepared.plan, &prepared.config, &prepared.dataset.report);
+    let loader = trainer::loader(plan, prepared.dataset.train.len());
+    let (steps, steps_per_epoch) = (
+        trainer::total_steps(plan, &loader),
+        loader.steps_per_epoch(),
+    );
+    let tensors = weights::expected_tensors(config);
+    let parameters = tensors
+        .iter()
+        .map(|(_, shape)| shape.iter().product::<usize>());
+    let parameters = parameters.sum();
+    Summary {
+        event: "plan",
+        base: Base {
+            path: &prepared.base,
+            layers: config.num_hidden_layers,
+            hidden_size: config.hidden_size,
+            vocab_size: config.vocab_size,
+            positions: config.max_position_embeddings,
+            parameters,
+        },
+        data,
+        trained_share: data.trained_tokens as f64 / data.tokens.max(1) as f64,
+        method: plan.adapter.method,
+        adapters: prepared.adapter.as_ref().map_or(0, |a| a.modules.len()),
+        trainable_parameters: adapter_parameters(prepared).unwrap_or(parameters),
+        steps,
+        steps_per_epoch,
+        epochs: steps as f64 / steps_per_epoch.max(1) as f64,
+        device,
+        output_dir: &plan.output_dir,
+    }
+}
+
+/// Numbers in the adapters: `R · (in + out)` for each; `None` where all weights train.
+fn adapter_parameters(prepared: &Prepared) -> Option<usize> {
+    let shapes = names::linear_shapes(&prepared.config);
+    let modules = &prepared.adapter.as_ref()?.modules;
+    let sizes = modules.iter().filter_map(|adapter| {
+        let (_, shape) = shapes.iter().find(|(path, _)| *path == adapter.module)?;
+        Some(adapter.rank * shape.iter().sum::<usize>())
+    });
+    Some(sizes.sum())
+}
+
+fn lines(summary: &Summary) -> Vec<(&'static str, String)> {
+    let (base, data) = (&summary.base, summary.data);
+    let format = format!("{:?}", data.format).to_lowercase();
+    let trained = count(summary.trainable_parameters);
+    let base_line = format!(
+        "{}, {} parameters, {} layers, hidden size {}",
+        base.path.display(),
+        count(base.parameters),
+        base.layers,
+        base.hidden_size
+    );
+    let data_line = format!(
+        "{} rows ({format}): {} train, {} validation",
+        data.rows, data.train_samples, data.validation_samples
+    );
+    let tokens_line = format!(
+        "{} in an epoch, {} of them train ({:.0} %); longest row {}",
+        data.tokens,
+        data.trained_tokens,
+        100.0 * summary.trained_share,
+        data.longest
+    );
+    let trains_line = match summary.method {
+        AdapterMethod::Lora => format!("{trained} parameters in {} adapters", summary.adapters),
+        AdapterMethod::Full => format!("all {trained} parameters"),
+    };
+    let steps_line = format!(
+        "{}, {} an epoch: {:.2} epochs",
+        summary.steps, summary.steps_per_epoch, summary.epochs
+    );
+    vec![
+        ("base", base_line),
+        ("data", data_line),
+        ("tokens", tokens_line),
+        ("trains", trains_line),
+        ("steps", steps_line),
+        ("device", summary.device.clone()),
+        ("output", summary.output_dir.display().to_string()),
+    ]
 }

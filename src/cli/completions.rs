@@ -3,13 +3,15 @@
 use clap::CommandFactory;
 
 use super::args::{Cli, CompletionsArgs};
+use super::print::print;
 
 /// Prints the script.
-pub fn run(args: &CompletionsArgs) {
-    clap_complete::generate(
-        args.shell,
-        &mut Cli::command(),
-        "lorafit",
-        &mut std::io::stdout(),
-    );
+///
+/// # Errors
+/// Standard output cannot be written.
+pub fn run(args: &CompletionsArgs) -> anyhow::Result<()> {
+    // Into memory first: clap_complete panics where a pipe is closed.
+    let mut script = Vec::new();
+    clap_complete::generate(args.shell, &mut Cli::command(), "lorafit", &mut script);
+    print(&String::from_utf8_lossy(&script))
 }

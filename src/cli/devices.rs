@@ -1,7 +1,7 @@
 //! `lorafit devices`: what this build can use on this machine.
 
 use super::args::Output;
-use super::schema::print;
+use super::print::{print, say};
 use crate::device::{self, DeviceKind};
 
 /// Lists the devices, and the kinds that this build lacks.
@@ -34,10 +34,10 @@ pub fn run(output: &Output) -> anyhow::Result<()> {
         .map(|kind| kind.to_string())
         .collect();
     if !missing.is_empty() && !output.json && !output.quiet {
-        print(&format!(
-            "\nthis build has no {}; add one with `cargo install lorafit --features NAME`\n",
+        say(&format!(
+            "\nthis build has no {}; build lorafit from its source with `cargo build --release --features NAME`",
             missing.join(", ")
-        ))?;
+        ));
     }
     Ok(())
 }

@@ -7,7 +7,7 @@ use std::path::Path;
 use anyhow::{Context, bail};
 
 use super::args::{InitArgs, Output};
-use super::schema::print;
+use super::print::{print, say};
 use crate::recipe::schema;
 
 /// Writes the template to a file that does not exist yet, or prints it.
@@ -31,9 +31,9 @@ pub fn run(args: &InitArgs, output: &Output) -> anyhow::Result<()> {
         print(&format!("{event}\n"))?;
     } else if !output.quiet {
         let file = args.file.display();
-        print(&format!(
-            "wrote {file}\nedit it, then try: lorafit check {file}\n"
-        ))?;
+        say(&format!(
+            "wrote {file}\nedit it, then try: lorafit check {file}"
+        ));
     }
     Ok(())
 }

@@ -2,16 +2,25 @@
 
 use std::path::{Path, PathBuf};
 
-use super::args::{MergeArgs, MergeDtype, Output};
+use serde_json::json;
+
+use super::args::{MergeArgs, Output};
 use super::render::{Renderer, bytes};
-use super::{Usage, interrupt};
+use super::warnings::Warning;
+use super::{Exit, Usage, interrupt};
 use crate::device::{self, DeviceKind, DeviceSpec};
-use crate::export::merged::{self, MergeJob};
-use crate::export::model::SaveDtype;
-use crate::export::verify;
+use crate::export::merged::{self, MergeJob, MergeReport};
+use crate::export::verify::{self, Comparison};
+use crate::export::write;
 use crate::model::hub;
 use crate::recipe::AdapterMethod;
 use crate::train::run_dir::{self, RunDir};
+
+/// Where merged models are compared: they need to fit in main memory only.
+const CPU: DeviceSpec = DeviceSpec {
+    kind: DeviceKind::Cpu,
+    index: None,
+};
 
 /// What to merge and where to.
 struct Request {
@@ -25,69 +34,88 @@ struct Request {
 ///
 /// # Errors
 /// An input cannot be used, the disk fails, or the merged model is not base + adapter.
-pub fn run(args: &MergeArgs, output: &Output) -> anyhow::Result<()> {
+pub fn run(args: &MergeArgs, output: &Output) -> anyhow::Result<Exit> {
     let mut renderer = Renderer::new(*output);
     let request = request(args)?;
     let base = hub::locate(&request.base, &request.revision, &mut |p| {
         renderer.download(&p)
     })?;
+    renderer.finish_bar();
     let job = MergeJob {
         base: &base,
         adapter: &request.adapter,
         out: &request.out,
-        dtype: args.dtype.map(|dtype| match dtype {
-            MergeDtype::Bf16 => SaveDtype::Bf16,
-            MergeDtype::F16 => SaveDtype::F16,
-            MergeDtype::F32 => SaveDtype::F32,
-        }),
+        dtype: args.dtype,
         shard_size: args.shard_size,
     };
     // A kill leaves a directory beside `out` that the next merge removes.
-    if let Some(parent) = request.out.parent() {
-        crate::export::write::clean_up(if parent == Path::new("") {
-            Path::new(".")
-        } else {
-            parent
-        })?;
-    }
-    interrupt::listen()?;
+    let parent = request.out.parent().unwrap_or(Path::new(""));
+    write::clean_up(if parent == Path::new("") {
+        Path::new(".")
+    } else {
+        parent
+    })?;
+    interrupt::listen(output, "stopping once the weights are written")?;
     let prepared = merged::prepare(&job, &mut |p| renderer.merging(&p))?;
     renderer.finish_bar();
-    if interrupt::asked() {
-        anyhow::bail!("interrupted; nothing was written");
-    }
-    let comparison = if args.no_verify {
-        None
-    } else {
-        let cpu = DeviceSpec {
-            kind: DeviceKind::Cpu,
-            index: None,
-        };
-        let device = device::open(cpu)?.device;
-        Some(verify::verify(
-            &base,
-            &request.adapter,
-            prepared.path(),
-            &device,
-        )?)
+    let comparison = match args.no_verify || interrupt::asked() {
+        true => None,
+        false => {
+            renderer.note("comparing the merged model with base + adapter");
+            let device = device::open(CPU)?.device;
+            let merged = prepared.path();
+            Some(verify::verify(&base, &request.adapter, merged, &device)?)
+        }
     };
+    if interrupt::asked() {
+        renderer.note("interrupted; nothing was written");
+        return Ok(Exit::Interrupted);
+    }
     let report = prepared.publish()?;
-    let mut facts = vec![
+    show(&report, comparison.as_ref(), &request.out, &mut renderer);
+    Ok(Exit::Done)
+}
+
+/// Shows what was written and how well it compares.
+fn show(report: &MergeReport, verified: Option<&Comparison>, out: &Path, renderer: &mut Renderer) {
+    if !report.unchanged.is_empty() {
+        renderer.warn(&Warning::LostInRounding {
+            unchanged: report.unchanged.clone(),
+            modules: report.modules.len(),
+        });
+    }
+    let written = &report.written;
+    let event = json!({
+        "event": "merged",
+        "output": out,
+        "modules": report.modules.len(),
+        "unchanged_modules": report.unchanged,
+        "tensors": written.tensors,
+        "bytes": written.bytes,
+        "files": written.shards,
+        "delta_norm": report.delta_norm,
+        "max_abs_delta": report.max_abs_delta,
+        "verified": verified,
+    });
+    let verified = match verified {
+        Some(c) => format!(
+            "against base + adapter on {} tokens: largest logit difference {:.2e}, KL {:.2e} nats (base alone {:.2e})",
+            c.positions, c.max_difference, c.kl, c.kl_of_base
+        ),
+        None => "no (--no-verify)".to_string(),
+    };
+    let lines = [
         (
             "merged",
-            format!(
-                "{} modules into {}",
-                report.modules.len(),
-                request.out.display()
-            ),
+            format!("{} modules into {}", report.modules.len(), out.display()),
         ),
         (
             "written",
             format!(
                 "{} tensors, {} in {} file(s)",
-                report.written.tensors,
-                bytes(report.written.bytes),
-                report.written.shards
+                written.tensors,
+                bytes(written.bytes),
+                written.shards
             ),
         ),
         (
@@ -97,17 +125,9 @@ pub fn run(args: &MergeArgs, output: &Output) -> anyhow::Result<()> {
                 report.delta_norm, report.max_abs_delta
             ),
         ),
+        ("verified", verified),
     ];
-    if !report.unchanged.is_empty() {
-        facts.push(("lost in rounding", report.unchanged.join(", ")));
-    }
-    facts.push(("verified", match comparison {
-        Some(c) => format!("against base + adapter on {} tokens: largest logit difference {:.2e}, KL {:.2e} nats (base alone {:.2e})",
-            c.positions, c.max_difference, c.kl, c.kl_of_base),
-        None => "no (--no-verify)".to_string(),
-    }));
-    renderer.facts(&facts);
-    Ok(())
+    renderer.result(&event, &lines);
 }
 
 fn request(args: &MergeArgs) -> anyhow::Result<Request> {

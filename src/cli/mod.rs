@@ -1,6 +1,8 @@
 //! The commands; the only place that prints.
 //!
-//! [`args`] says what can be typed, [`render`] how events look; every other file is one command.
+//! [`args`] says what can be typed. Every command is a file of its own. What they print goes through
+//! [`render`] (events, progress, warnings, results; [`pace`] tells how long training will take) and
+//! [`print`]; [`warnings`] are an enum whose texts carry the remedy. [`interrupt`] is Ctrl-C.
 
 pub mod args;
 pub mod check;
@@ -10,9 +12,12 @@ pub mod generate;
 pub mod init;
 pub mod interrupt;
 pub mod merge;
+pub mod pace;
+pub mod print;
 pub mod render;
 pub mod schema;
 pub mod train;
+pub mod warnings;
 
 use args::{Cli, Command};
 
@@ -30,20 +35,28 @@ pub enum Exit {
 #[error("{0}")]
 pub struct Usage(pub String);
 
+/// The exit code of an interrupted command, as shells have it for Ctrl-C.
+pub const INTERRUPTED: u8 = 130;
+
+/// The exit code of an error.
+pub fn exit_code(error: &anyhow::Error) -> u8 {
+    if error.is::<Usage>() { 2 } else { 1 }
+}
+
 /// Runs a command.
 ///
 /// # Errors
 /// What went wrong; [`Usage`] when it is the user's command or recipe.
 pub fn run(cli: &Cli) -> anyhow::Result<Exit> {
-    match &cli.command {
+    let done = match &cli.command {
         Command::Train(args) => return train::run(args, &cli.output),
-        Command::Merge(args) => merge::run(args, &cli.output)?,
-        Command::Check(args) => check::run(args, &cli.output)?,
+        Command::Merge(args) => return merge::run(args, &cli.output),
         Command::Generate(args) => return generate::run(args, &cli.output),
-        Command::Init(args) => init::run(args, &cli.output)?,
-        Command::Schema(args) => schema::run(args)?,
-        Command::Devices => devices::run(&cli.output)?,
+        Command::Check(args) => check::run(args, &cli.output),
+        Command::Init(args) => init::run(args, &cli.output),
+        Command::Schema(args) => schema::run(args),
+        Command::Devices => devices::run(&cli.output),
         Command::Completions(args) => completions::run(args),
-    }
-    Ok(Exit::Done)
+    };
+    done.map(|()| Exit::Done)
 }

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Context;
 
 use super::args::{Output, TrainArgs};
-use super::check::{prepared, summary};
+use super::check::{ok, prepared, summary};
 use super::render::Renderer;
 use super::{Exit, Usage, interrupt};
 use crate::device;
@@ -25,12 +25,14 @@ use crate::train::trainer::{Outcome, Trainer};
 pub fn run(args: &TrainArgs, output: &Output) -> anyhow::Result<Exit> {
     let mut renderer = Renderer::new(*output);
     let device = device::open(args.recipe.device).map_err(|error| Usage(error.to_string()))?;
-    let prepared = prepared(&args.recipe.recipe, &args.sets(), &mut renderer)?;
-    summary(&prepared, &mut renderer);
+    let prepared = prepared(&args.recipe, &args.sets(), &mut renderer)?;
+    summary(&prepared, &device, &mut renderer);
     if args.dry_run {
+        ok(&args.recipe.recipe, output)?;
         return Ok(Exit::Done);
     }
-    interrupt::listen()?;
+    interrupt::listen(output, "stopping after this micro-batch and saving")?;
+    renderer.log_every(prepared.plan.train.logging_steps);
     let run = RunDir::open(&prepared.plan, existing(args)).map_err(usage)?;
     let states = run.states();
     let progress = progress(&prepared, &states, args.resume)?;

@@ -2,7 +2,6 @@
 
 use std::borrow::Cow;
 use std::path::Path;
-use std::str::FromStr;
 
 use half::{bf16, f16};
 use rayon::prelude::*;
@@ -77,45 +76,6 @@ fn encode16(values: &[f32], encode: impl Fn(f32) -> [u8; 2] + Sync) -> Vec<u8> {
         }
     });
     bytes
-}
-
-impl FromStr for SaveDtype {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        match text {
-            "f32" | "float32" => Ok(Self::F32),
-            "f16" | "float16" => Ok(Self::F16),
-            "bf16" | "bfloat16" => Ok(Self::Bf16),
-            _ => Err(format!("expected bf16, f16 or f32, found {text:?}")),
-        }
-    }
-}
-
-/// Reads a size such as `5GB`, `500MB` or `1GiB` (decimal and binary units, as transformers does).
-///
-/// # Errors
-/// Text that is no such size, or 0.
-pub fn parse_size(text: &str) -> Result<u64, String> {
-    let wrong = || format!("expected a size such as 5GB or 500MB, found {text:?}");
-    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
-    let unit = match text[digits.len()..].to_ascii_uppercase().as_str() {
-        "" | "B" => 1,
-        "KB" => 1_000,
-        "MB" => 1_000_000,
-        "GB" => 1_000_000_000,
-        "KIB" => 1 << 10,
-        "MIB" => 1 << 20,
-        "GIB" => 1 << 30,
-        _ => return Err(wrong()),
-    };
-    let number: f64 = digits.trim().parse().map_err(|_| wrong())?;
-    let bytes = number * unit as f64;
-    if (1.0..1e18).contains(&bytes) {
-        Ok(bytes as u64)
-    } else {
-        Err(wrong())
-    }
 }
 
 /// What was written.
@@ -261,16 +221,6 @@ pub fn write_json(path: &Path, value: &Value) -> Result<(), WriteError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn sizes_have_units() {
-        assert_eq!(parse_size("5GB"), Ok(5_000_000_000));
-        assert_eq!(parse_size("1.5 MiB"), Ok(1_572_864));
-        assert_eq!(parse_size("45kb"), Ok(45_000));
-        for wrong in ["", "GB", "-1GB", "0", "5 parsecs", "1e300GB", "NaNGB"] {
-            assert!(parse_size(wrong).is_err(), "{wrong}");
-        }
-    }
 
     #[test]
     fn shards_hold_what_fits() {

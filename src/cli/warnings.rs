@@ -1,0 +1,108 @@
+//! What a user should know but what stops nothing; each text says what to do about it.
+
+use std::path::PathBuf;
+
+use serde::Serialize;
+
+use crate::train::prepare::Prepared;
+
+/// A warning. Serialised as an object with the key `kind`.
+#[derive(Debug, Clone, PartialEq, Serialize, thiserror::Error)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum Warning {
+    /// Samples were cut.
+    #[error(
+        "{count} of {rows} rows are longer than data.max_seq_len = {max_seq_len} tokens and were cut there; raise it (more memory), or shorten the rows"
+    )]
+    Truncated {
+        /// How many.
+        count: usize,
+        /// Of how many.
+        rows: usize,
+        /// The limit.
+        max_seq_len: usize,
+    },
+    /// Rows were left out.
+    #[error(
+        "{count} of {rows} rows were left out: data.max_seq_len = {max_seq_len} cuts off all that would train; raise it (more memory), or shorten what comes before the answers"
+    )]
+    Dropped {
+        /// How many.
+        count: usize,
+        /// Of how many.
+        rows: usize,
+        /// The limit.
+        max_seq_len: usize,
+    },
+    /// Prompts are given as they are.
+    #[error(
+        "the tokenizer has no chat template, so prompts are given to the model as plain text; {remedy}"
+    )]
+    PlainPrompts {
+        /// What to do.
+        remedy: &'static str,
+    },
+    /// Nothing ends an answer.
+    #[error(
+        "the tokenizer names no end-of-sequence token, so an answer ends only after {max_new_tokens} tokens; set eos_token in tokenizer_config.json"
+    )]
+    NoStopToken {
+        /// Where it ends.
+        max_new_tokens: usize,
+    },
+    /// The run directory holds something.
+    #[error(
+        "{} is not empty, so `lorafit train` will refuse it; continue the run in it with --resume, replace it with --overwrite, or name another with --out",
+        output_dir.display()
+    )]
+    OutputTaken {
+        /// The run directory.
+        output_dir: PathBuf,
+    },
+    /// Modules whose delta is smaller than the steps of the number format.
+    #[error(
+        "{} of {modules} modules equal the base's, their delta is lost in rounding ({}); merge with --dtype f32",
+        unchanged.len(),
+        unchanged.join(", ")
+    )]
+    LostInRounding {
+        /// Their paths.
+        unchanged: Vec<String>,
+        /// Modules that carry an adapter.
+        modules: usize,
+    },
+}
+
+/// What to know about data and prompts before a run.
+pub fn of_run(prepared: &Prepared) -> Vec<Warning> {
+    let (plan, report) = (&prepared.plan, &prepared.dataset.report);
+    let (rows, max_seq_len) = (report.rows, plan.data.max_seq_len);
+    let mut warnings = Vec::new();
+    if report.truncated > 0 {
+        warnings.push(Warning::Truncated {
+            count: report.truncated,
+            rows,
+            max_seq_len,
+        });
+    }
+    if report.dropped > 0 {
+        warnings.push(Warning::Dropped {
+            count: report.dropped,
+            rows,
+            max_seq_len,
+        });
+    }
+    if plan.sample.prompts.is_empty() {
+        return warnings;
+    }
+    if !prepared.tokenizer.has_template() {
+        let remedy =
+            "name a template in data.chat_template, or write sample.prompts as texts to go on from";
+        warnings.push(Warning::PlainPrompts { remedy });
+    }
+    if prepared.tokenizer.stop_ids().is_empty() {
+        let max_new_tokens = plan.sample.max_new_tokens;
+        warnings.push(Warning::NoStopToken { max_new_tokens });
+    }
+    warnings
+}
