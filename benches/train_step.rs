@@ -84,7 +84,10 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
 }
 
 /// The base with a fresh adapter on every linear layer.
-fn load(args: &Args, device: &burn::tensor::Device) -> Result<CausalLm, Box<dyn std::error::Error>> {
+fn load(
+    args: &Args,
+    device: &burn::tensor::Device,
+) -> Result<CausalLm, Box<dyn std::error::Error>> {
     let weights = Weights::open(&args.base)?;
     let mut model = CausalLm::load(&weights, weights.config()?, device)?;
     let targeting = Targeting {

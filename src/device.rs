@@ -119,6 +119,8 @@ pub struct Available {
     pub spec: DeviceSpec,
     /// What it calls itself.
     pub name: String,
+    /// Whether it computes on the processor after all (Mesa's lavapipe, say).
+    pub software: bool,
     /// For tensors.
     pub device: Device,
 }
@@ -142,6 +144,7 @@ pub fn available(kind: DeviceKind) -> Vec<Available> {
         DeviceKind::Cpu => vec![Available {
             spec: DeviceSpec { kind, index: None },
             name: format!("{} threads", rayon::current_num_threads()),
+            software: true,
             device: Device::flex(),
         }],
         gpu => without_panic(|| gpus(gpu)),
@@ -164,13 +167,17 @@ fn gpus(kind: DeviceKind) -> Vec<Available> {
     };
     let numbered = devices.into_iter().enumerate();
     numbered
-        .map(|(i, device)| Available {
-            spec: DeviceSpec {
-                kind,
-                index: Some(i),
-            },
-            name: describe(&device),
-            device,
+        .map(|(i, device)| {
+            let (name, software) = describe(&device);
+            Available {
+                spec: DeviceSpec {
+                    kind,
+                    index: Some(i),
+                },
+                name,
+                software,
+                device,
+            }
         })
         .collect()
 }
@@ -185,8 +192,8 @@ fn without_panic<T>(probe: impl FnOnce() -> Vec<T>) -> Vec<T> {
     found.unwrap_or_default()
 }
 
-/// What a GPU calls itself.
-fn describe(device: &Device) -> String {
+/// What a GPU calls itself, and whether it is none.
+fn describe(device: &Device) -> (String, bool) {
     #[cfg(any(
         feature = "cuda",
         feature = "metal",
@@ -194,19 +201,19 @@ fn describe(device: &Device) -> String {
         feature = "webgpu"
     ))]
     if let Some(identity) = device.identity() {
-        return identity.name;
+        return (identity.name, identity.physical.is_none());
     }
-    format!("{device:?}")
+    (format!("{device:?}"), false)
 }
 
-/// Opens a device; `auto` takes the first GPU there is, else the CPU.
+/// Opens a device; `auto` takes the first GPU that is one, else the CPU.
 ///
 /// # Errors
 /// The kind is not compiled in, or the machine has no such device.
 pub fn open(spec: DeviceSpec) -> Result<Available, DeviceError> {
     if spec.kind == DeviceKind::Auto {
         let mut gpus = available(DeviceKind::Auto).into_iter();
-        return Ok(match gpus.next() {
+        return Ok(match gpus.find(|gpu| !gpu.software) {
             Some(gpu) => gpu,
             None => available(DeviceKind::Cpu).remove(0),
         });

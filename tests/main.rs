@@ -7,9 +7,14 @@ mod export;
 mod fixture;
 mod gguf;
 mod golden;
+#[cfg(feature = "webgpu")]
+mod gpu;
 mod hub;
 mod merge;
 mod peft;
 mod recipe;
+mod resume;
 mod tokenizer;
+mod train;
+mod verify;
 mod weights;

@@ -12,7 +12,10 @@ pub fn run(output: &Output) -> anyhow::Result<()> {
     let built = device::gpu_kinds();
     let devices = [DeviceKind::Cpu].into_iter().chain(built.iter().copied());
     for available in devices.flat_map(device::available) {
-        let (spec, name) = (available.spec.to_string(), available.name);
+        let (spec, mut name) = (available.spec.to_string(), available.name);
+        if available.software && available.spec.kind != DeviceKind::Cpu {
+            name.push_str(" (software, slower than cpu)");
+        }
         if output.json {
             let line = serde_json::json!({"event": "device", "device": spec, "name": name});
             print(&format!("{line}\n"))?;

@@ -48,7 +48,7 @@ pub fn run(args: &TrainArgs, output: &Output) -> anyhow::Result<Exit> {
         plan: &prepared.plan,
         model,
         optimizer,
-        metrics: run.metrics(args.resume.then_some(progress.step))?,
+        metrics: run.metrics(&progress)?,
         progress,
         train: &prepared.dataset.train,
         validation: &prepared.dataset.validation,

@@ -13,6 +13,7 @@ use std::io::{self, BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 
 use super::Event;
+use super::run_state::Progress;
 use crate::export::write::{self, WriteError};
 use crate::recipe::faults::Faults;
 use crate::recipe::{Plan, load, resolve};
@@ -158,22 +159,23 @@ impl RunDir {
         }
     }
 
-    /// Opens `metrics.jsonl`, keeping what happened up to `step` when a run continues from there.
+    /// Opens `metrics.jsonl`, keeping what lies behind a run that continues from `progress`.
     ///
     /// # Errors
     /// It cannot be read or written.
-    pub fn metrics(&self, step: Option<usize>) -> Result<Metrics, RunDirError> {
+    pub fn metrics(&self, progress: &Progress) -> Result<Metrics, RunDirError> {
         let path = self.path.join(METRICS);
         let mut kept = Vec::new();
-        if let (Some(step), Ok(file)) = (step, File::open(&path)) {
-            for line in BufReader::new(file).lines() {
+        if let Ok(file) = File::open(&path) {
+            // As bytes: a kill may have cut a line short within a character.
+            for line in BufReader::new(file).split(b'\n') {
                 let line = line.map_err(|source| RunDirError::Read {
                     path: path.clone(),
                     source,
                 })?;
-                // A line that a kill cut short is dropped with those after the state.
-                if serde_json::from_str::<Event>(&line).is_ok_and(|event| event.step() <= step) {
-                    kept.extend_from_slice(line.as_bytes());
+                let event = serde_json::from_slice::<Event>(&line);
+                if event.is_ok_and(|event| progress.includes(&event)) {
+                    kept.extend_from_slice(&line);
                     kept.push(b'\n');
                 }
             }
@@ -204,6 +206,14 @@ impl Metrics {
         line.push(b'\n');
         (self.file.write_all(&line))
             .map_err(|source| WriteError::io("append to", &self.path, source))
+    }
+
+    /// Makes what was appended outlast a power cut, as the state that follows it does.
+    ///
+    /// # Errors
+    /// The disk is full or gone.
+    pub fn sync(&self) -> Result<(), WriteError> {
+        (self.file.sync_data()).map_err(|source| WriteError::io("sync", &self.path, source))
     }
 }
 

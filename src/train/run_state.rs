@@ -12,6 +12,7 @@ use burn::tensor::{Device, Tensor, TensorData};
 use safetensors::Dtype;
 use serde::{Deserialize, Serialize};
 
+use super::event::Event;
 use super::optimizer::{AdamW, Moments};
 use crate::device::to_vec;
 use crate::export::safetensors::{SafetensorsWriter, TensorInfo, f32_bytes};
@@ -49,6 +50,23 @@ impl Progress {
             loss: None,
             stopped_early: false,
             data,
+        }
+    }
+
+    /// Whether a run that stands here has behind it what was recorded; what comes later will
+    /// happen again.
+    pub fn includes(&self, event: &Event) -> bool {
+        match event {
+            Event::Done { .. } => false,
+            Event::Eval { step, .. }
+            | Event::Sample { step, .. }
+            | Event::EarlyStop { step, .. }
+                if *step == self.step =>
+            {
+                *step > 0 && self.evaluated == Some(*step)
+            }
+            // A run that stands at the beginning begins anew.
+            event => self.step > 0 && event.step() <= self.step,
         }
     }
 }
@@ -267,4 +285,26 @@ pub fn prune(states: &Path, keep: usize, best: Option<Best>) -> Result<(), Write
         fs::remove_dir_all(&dir).map_err(|source| WriteError::io("remove", &dir, source))?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_evaluation_after_the_state_was_saved_will_happen_again() {
+        let mut progress = Progress::new(String::new());
+        let eval = |step| Event::Eval {
+            step,
+            loss: 1.0,
+            best: true,
+        };
+        assert!(!progress.includes(&eval(0)));
+        progress.step = 4;
+        progress.evaluated = Some(2);
+        assert!(progress.includes(&eval(2)) && !progress.includes(&eval(4)));
+        progress.evaluated = Some(4);
+        assert!(progress.includes(&eval(4)) && !progress.includes(&eval(6)));
+        assert!(progress.includes(&Event::Interrupted { step: 4 }));
+    }
 }

@@ -88,23 +88,24 @@ impl Trainer<'_> {
         let loader = loader(self.plan, self.train.len());
         let total_steps = total_steps(self.plan, &loader);
         let schedule = Schedule::new(&self.plan.train, total_steps);
+        self.prune()?; // a kill may have come between saving and this
         self.start(&loader, total_steps)?;
-        let mut saved = self.progress.step; // step 0 is what the recipe describes: nothing to save
+        let mut saved = self.progress.clone();
         loop {
             let last = self.progress.step >= total_steps || self.progress.stopped_early;
             if self.evaluation_due(last) && !self.evaluate()? {
-                return self.interrupt(saved);
+                return self.interrupt(&mut saved);
             }
             let last = last || self.stop_early()?;
-            if self.progress.step != saved && (last || self.save_due()) {
-                self.save()?;
-                saved = self.progress.step;
+            // A state saved before this step's evaluation is saved again with its outcome.
+            if last || self.save_due() || saved.step == self.progress.step {
+                self.save(&mut saved)?;
             }
             if last {
                 return Ok(Outcome::Complete);
             }
             if (self.interrupted)() || !self.step(&loader, &schedule)? {
-                return self.interrupt(saved);
+                return self.interrupt(&mut saved);
             }
         }
     }
@@ -150,29 +151,54 @@ impl Trainer<'_> {
     }
 
     /// Measures the validation split and writes samples; `false` when interrupted.
+    ///
+    /// All of it counts or nothing: what was interrupted is done anew by the run that continues.
     fn evaluate(&mut self) -> Result<bool, TrainError> {
         let step = self.progress.step;
+        let mut progress = self.progress.clone();
+        let mut events = Vec::new();
         if !self.validation.is_empty() {
-            let all: Vec<usize> = (0..self.validation.len()).collect();
-            let batches = all.chunks(self.plan.train.micro_batch_size).map(|rows| {
-                let samples: Vec<&Sample> = rows.iter().map(|&i| &self.validation[i]).collect();
-                collate(&samples, self.pad_id())
-            });
-            let Some((loss, _)) = step::evaluate(&self.model, batches, self.interrupted) else {
+            let Some(loss) = self.validation_loss()? else {
                 return Ok(false);
             };
-            let best = self.progress.best.is_none_or(|best| loss < best.loss);
+            let best = progress.best.is_none_or(|best| loss < best.loss);
             if best {
-                self.progress.best = Some(Best { step, loss });
-                self.progress.evaluations_without_improvement = 0;
+                progress.best = Some(Best { step, loss });
+                progress.evaluations_without_improvement = 0;
             } else {
-                self.progress.evaluations_without_improvement += 1;
+                progress.evaluations_without_improvement += 1;
             }
-            self.emit(Event::Eval { step, loss, best })?;
+            events.push(Event::Eval { step, loss, best });
         }
-        self.progress.evaluated = Some(step);
-        self.write_samples()?;
+        let Some(samples) = self.samples()? else {
+            return Ok(false);
+        };
+        events.extend(samples);
+        progress.evaluated = Some(step);
+        self.progress = progress;
+        events.into_iter().try_for_each(|event| self.emit(event))?;
         Ok(true)
+    }
+
+    /// Mean token loss of the validation split; `None` when interrupted.
+    fn validation_loss(&self) -> Result<Option<f64>, TrainError> {
+        let all: Vec<usize> = (0..self.validation.len()).collect();
+        let batches = all.chunks(self.plan.train.micro_batch_size).map(|rows| {
+            let samples: Vec<&Sample> = rows.iter().map(|&i| &self.validation[i]).collect();
+            collate(&samples, self.pad_id())
+        });
+        let Some((loss, _)) = step::evaluate(&self.model, batches, self.interrupted) else {
+            return Ok(None);
+        };
+        if loss.is_finite() {
+            return Ok(Some(loss));
+        }
+        Err(TrainError::NotFinite {
+            step: self.progress.step,
+            what: "validation loss",
+            value: loss,
+            rows: "the validation rows".to_string(),
+        })
     }
 
     /// Whether the evaluations have stopped improving.
@@ -193,11 +219,8 @@ impl Trainer<'_> {
         Ok(stop)
     }
 
-    /// Generates an answer to each fixed prompt.
-    fn write_samples(&mut self) -> Result<(), TrainError> {
-        if self.plan.sample.prompts.is_empty() {
-            return Ok(());
-        }
+    /// Generates an answer to each fixed prompt; `None` when interrupted.
+    fn samples(&self) -> Result<Option<Vec<Event>>, TrainError> {
         let model = self.model.frozen();
         let sampling = Sampling {
             max_new_tokens: self.plan.sample.max_new_tokens,
@@ -205,50 +228,54 @@ impl Trainer<'_> {
             top_p: self.plan.sample.top_p,
             seed: self.plan.train.seed,
         };
+        let mut samples = Vec::new();
         for prompt in &self.plan.sample.prompts {
-            if (self.interrupted)() {
-                return Ok(());
-            }
             let ids = infer::prompt_ids(self.tokenizer, None, prompt)?;
-            let answer = infer::generate(
-                &model,
-                &ids,
-                self.tokenizer.stop_ids(),
-                sampling,
-                &mut |_| !(self.interrupted)(),
-            );
-            self.emit(Event::Sample {
+            let stop = self.tokenizer.stop_ids();
+            let go_on = &mut |_| !(self.interrupted)();
+            let answer = infer::generate(&model, &ids, stop, sampling, go_on);
+            if (self.interrupted)() {
+                return Ok(None);
+            }
+            samples.push(Event::Sample {
                 step: self.progress.step,
                 prompt: prompt.clone(),
                 text: self.tokenizer.decode(&answer, true)?,
-            })?;
+            });
         }
-        Ok(())
+        Ok(Some(samples))
     }
 
-    fn save(&mut self) -> Result<(), TrainError> {
+    /// Saves where the run stands, unless that is saved or the beginning, which the recipe
+    /// describes.
+    fn save(&mut self, saved: &mut Progress) -> Result<(), TrainError> {
+        if self.progress.step == 0 || self.progress == *saved {
+            return Ok(());
+        }
+        self.metrics.sync()?;
         let path = run_state::save(
             self.states,
             &self.progress,
             &mut self.model,
             &self.optimizer,
         )?;
-        run_state::prune(
-            self.states,
-            self.plan.train.save_total_limit,
-            self.progress.best,
-        )?;
+        self.prune()?;
+        *saved = self.progress.clone();
         self.emit(Event::Saved {
             step: self.progress.step,
             path,
         })
     }
 
+    /// Deletes the run states that the plan does not keep.
+    fn prune(&self) -> Result<(), WriteError> {
+        let keep = self.plan.train.save_total_limit;
+        run_state::prune(self.states, keep, self.progress.best)
+    }
+
     /// Saves, so that `--resume` goes on from the last complete step.
-    fn interrupt(&mut self, saved: usize) -> Result<Outcome, TrainError> {
-        if self.progress.step != saved {
-            self.save()?;
-        }
+    fn interrupt(&mut self, saved: &mut Progress) -> Result<Outcome, TrainError> {
+        self.save(saved)?;
         self.emit(Event::Interrupted {
             step: self.progress.step,
         })?;

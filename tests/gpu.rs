@@ -1,0 +1,132 @@
+//! The same numbers on a GPU as on the CPU: logits, loss, gradients, and a few steps of training.
+//!
+//! Runs on whatever WebGPU finds, software renderers such as Mesa's lavapipe included (set
+//! `XDG_RUNTIME_DIR` to any folder for it). Without a device it says that it was skipped; with
+//! `LORAFIT_REQUIRE_GPU_TESTS=1` that is a failure. One test for all, because compiling shaders
+//! takes most of the time and is shared within a process.
+
+use burn::tensor::Device;
+use lorafit::data::IGNORE_INDEX;
+use lorafit::data::loader::Batch;
+use lorafit::device::{self, DeviceKind, to_vec};
+use lorafit::model::{CausalLm, Tokens};
+use lorafit::train::optimizer::{AdamW, AdamWConfig};
+use lorafit::train::step;
+
+use crate::train::{assert_equal, gradients, tiny_model};
+
+/// `|gpu - cpu| / max|cpu|`: products over as few as 130 elements differ by up to 1e-4 between
+/// wgpu and the CPU, plain operations included, because the sums run in another order.
+const TOLERANCE: f64 = 1e-4;
+
+/// Losses after some steps: Adam divides small gradients by their own size, so their differences
+/// grow with each step.
+const TRAINED_TOLERANCE: f64 = 1e-3;
+
+/// The GPU to test on, or why there is none.
+fn gpu() -> Result<(Device, String), String> {
+    // The software renderer is not among what `lorafit devices` lists where a GPU is.
+    let listed = std::panic::catch_unwind(|| device::available(DeviceKind::WebGpu));
+    let listed = listed.map_err(|_| "listing the devices panicked".to_string())?;
+    if let Some(found) = listed.into_iter().next() {
+        return Ok((found.device, found.name));
+    }
+    // Opening a device that is not there panics in cubecl.
+    let software = std::panic::catch_unwind(|| {
+        let device = Device::wgpu(burn::tensor::DeviceKind::Cpu);
+        let one = burn::tensor::Tensor::<1>::from_floats([1.0], &device);
+        (to_vec(one + 1.0), device)
+    });
+    match software {
+        Ok((two, device)) if two == [2.0] => Ok((device, "the software renderer".to_string())),
+        Ok((other, _)) => Err(format!("the software renderer adds 1 and 1 to {other:?}")),
+        Err(_) => Err("WebGPU finds no adapter, not even a software renderer".to_string()),
+    }
+}
+
+/// Two samples of different length, whose second halves train.
+fn batch() -> Batch {
+    let (batch, tokens) = (2, 24);
+    let input_ids: Vec<i32> = (0..batch * tokens).map(|i| (i * 37 % 509) as i32).collect();
+    let lengths = vec![tokens, tokens - 7];
+    let label = |(i, &id): (usize, &i32)| {
+        let (row, position) = (i / tokens, i % tokens);
+        let trains = position >= tokens / 2 && position < lengths[row];
+        if trains { id } else { IGNORE_INDEX }
+    };
+    Batch {
+        batch,
+        tokens,
+        labels: input_ids.iter().enumerate().map(label).collect(),
+        input_ids,
+        lengths,
+    }
+}
+
+fn logits(model: &CausalLm, batch: &Batch) -> Vec<f32> {
+    let model = model.frozen();
+    let tokens = Tokens {
+        ids: &batch.input_ids,
+        batch: batch.batch,
+        positions: None,
+    };
+    let logits = model.logits(model.hidden(tokens, None, None));
+    let n = logits.shape().num_elements();
+    to_vec(logits.reshape([n]))
+}
+
+/// Losses of some optimizer steps on one batch.
+fn train(model: &mut CausalLm, batch: &Batch, steps: usize) -> Vec<f64> {
+    let mut optimizer = AdamW::new(AdamWConfig {
+        beta1: 0.9,
+        beta2: 0.999,
+        eps: 1e-8,
+        weight_decay: 0.01,
+    });
+    let mut losses = Vec::new();
+    for _ in 0..steps {
+        let mut result = gradients(model, std::slice::from_ref(batch));
+        step::clip(&mut result.gradients, 1.0);
+        losses.push(result.loss);
+        optimizer.step(model, result.gradients, 5e-3);
+    }
+    losses
+}
+
+#[test]
+fn a_gpu_gives_the_numbers_of_the_cpu() {
+    let (gpu, name) = match gpu() {
+        Ok(found) => found,
+        Err(reason) => {
+            let required = std::env::var_os("LORAFIT_REQUIRE_GPU_TESTS").is_some_and(|v| v == "1");
+            assert!(!required, "LORAFIT_REQUIRE_GPU_TESTS is set, but {reason}");
+            eprintln!("skipped: {reason}");
+            return;
+        }
+    };
+    eprintln!("testing on {name}");
+    let batch = batch();
+    let (mut on_cpu, mut on_gpu) = (tiny_model(false, &Device::flex()), tiny_model(false, &gpu));
+    let (want, got) = (logits(&on_cpu, &batch), logits(&on_gpu, &batch));
+    let largest = want.iter().fold(0f32, |m, x| m.max(x.abs()));
+    assert_eq!(want.len(), got.len());
+    for (i, (want, got)) in want.iter().zip(&got).enumerate() {
+        let off = f64::from((want - got).abs() / largest);
+        assert!(
+            off < TOLERANCE,
+            "logit {i}: {want} on the CPU, {got} on the GPU"
+        );
+    }
+    let want = gradients(&mut on_cpu, std::slice::from_ref(&batch));
+    let got = gradients(&mut on_gpu, std::slice::from_ref(&batch));
+    assert_equal(&want, &got, TOLERANCE, "GPU against CPU");
+    let (want, got) = (train(&mut on_cpu, &batch, 4), train(&mut on_gpu, &batch, 4));
+    assert!(want[3] < want[0] * 0.95, "nothing was learned: {want:?}");
+    for (want, got) in want.iter().zip(&got) {
+        let off = (want - got).abs() / want;
+        assert!(
+            off < TRAINED_TOLERANCE,
+            "{want} on the CPU, {got} on the GPU: {off:.2e}"
+        );
+    }
+}
