@@ -12,15 +12,19 @@ pub fn run(output: &Output) -> anyhow::Result<()> {
     let built = device::gpu_kinds();
     let devices = [DeviceKind::Cpu].into_iter().chain(built.iter().copied());
     for available in devices.flat_map(device::available) {
-        let (spec, mut name) = (available.spec.to_string(), available.name);
-        if available.software && available.spec.kind != DeviceKind::Cpu {
-            name.push_str(" (software, slower than cpu)");
-        }
+        let (spec, name) = (available.spec.to_string(), available.name);
+        let software = available.software && available.spec.kind != DeviceKind::Cpu;
         if output.json {
-            let line = serde_json::json!({"event": "device", "device": spec, "name": name});
+            let line = serde_json::json!({
+                "event": "device", "device": spec, "name": name, "software_gpu": software,
+            });
             print(&format!("{line}\n"))?;
         } else {
-            print(&format!("{spec:<10} {name}\n"))?;
+            let note = match software {
+                true => " (software, slower than cpu)",
+                false => "",
+            };
+            print(&format!("{spec:<10} {name}{note}\n"))?;
         }
     }
     let all = [
