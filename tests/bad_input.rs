@@ -44,7 +44,7 @@ fn recipes() {
         &[],
         &[
             "error: recipe.yaml:7: adapter.rnk: ",
-            "`rank`",
+            "did you mean adapter.rank?",
             "\n       recipe.yaml:12: train.max_steps: ",
         ],
     );

@@ -64,7 +64,7 @@ fn a_recipe_is_checked_without_training() {
     for part in [
         "6 rows (messages)",
         "21 adapters",
-        "4, 3 an epoch: 1.33 epochs",
+        "4, 1 an epoch: 4.00 epochs",
         "cpu (",
         " % ",
     ] {
@@ -92,7 +92,7 @@ fn a_check_for_scripts_has_numbers() {
     assert_eq!(plan["data"]["rows"], 6);
     assert_eq!(plan["data"]["train_samples"], 6);
     assert_eq!(plan["steps"], 4);
-    assert_eq!(plan["steps_per_epoch"], 3);
+    assert_eq!(plan["steps_per_epoch"], 1);
     assert_eq!(plan["adapters"], 21);
     assert_eq!(plan["base"]["vocab_size"], 512);
     assert_eq!(plan["base"]["parameters"], 176_576);
@@ -425,7 +425,7 @@ fn an_interrupted_run_exits_with_130_and_resumes() {
     let line: Value = serde_json::from_str(&next("interrupted")).unwrap();
     let step = line["step"].as_u64().unwrap();
     assert_eq!(child.wait().unwrap().code(), Some(130));
-    assert_eq!(workspace.names("run/states"), [format!("step-{step}")]);
+    assert_eq!(workspace.names("run/states"), [format!("step-{step:06}")]);
     // And on it goes.
     let args = [&args[..], &["--resume"]].concat();
     let mut child = workspace.command(&args).spawn().unwrap();

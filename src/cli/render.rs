@@ -17,8 +17,8 @@ use crate::export::merged::MergeProgress;
 use crate::model::hub;
 use crate::train::Event;
 
-/// The bar of a training run.
-const STEPS: &str = "{bar:20} {pos}/{len}  {wide_msg}";
+/// The bar of a training run; on two lines, so that nothing is cut off at 80 columns.
+const STEPS: &str = "{bar:40} {pos}/{len}  {prefix}\n{wide_msg}";
 
 /// The bar of a download or a merge.
 const BYTES: &str = "{bar:20} {bytes}/{total_bytes}  {wide_msg}";
@@ -117,16 +117,17 @@ impl Renderer {
         let left = training.total_steps.saturating_sub(*step);
         let memory = memory_bytes.map_or(String::new(), |n| format!("  mem {}", bytes(n)));
         let numbers = format!(
-            "loss {loss:.4}  lr {learning_rate:.2e}  grad {grad_norm:.3}  {:.0} tok/s{memory}  {} left",
+            "loss {loss:.4}  lr {learning_rate:.2e}  grad {grad_norm:.3}  {:.0} tok/s{memory}",
             training.pace.tokens_per_second(),
-            clock(training.pace.left(left)),
         );
+        let time = format!("{} left", clock(training.pace.left(left)));
         if let Some(bar) = &self.bar {
             bar.set_position(*step as u64);
+            bar.set_prefix(time);
             bar.set_message(numbers);
             return;
         }
-        let line = format!("step {step}/{}  {numbers}", training.total_steps);
+        let line = format!("step {step}/{}  {numbers}  {time}", training.total_steps);
         let due = step.is_multiple_of(training.logging_steps.max(1));
         if due || left == 0 || *step == training.first_step {
             training.held_back = None;

@@ -308,7 +308,7 @@ impl Drop for PartialDir {
 pub fn is_taken(path: &Path) -> bool {
     match fs::read_dir(path) {
         Ok(mut entries) => entries.next().is_some(),
-        Err(error) => error.kind() != io::ErrorKind::NotFound,
+        Err(_) => fs::symlink_metadata(path).is_ok(),
     }
 }
 
