@@ -12,6 +12,7 @@ mod merge;
 mod peft;
 mod recipe;
 mod resume;
+mod run_dir;
 mod tokenizer;
 mod train;
 mod verify;
