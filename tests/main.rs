@@ -14,6 +14,7 @@ mod merge;
 mod peft;
 mod recipe;
 mod resume;
+mod run_dir;
 mod tokenizer;
 mod train;
 mod verify;

@@ -1,9 +1,8 @@
-//! What a run computes, what it says when it cannot go on, and what it leaves in its directory.
+//! What a run computes, where it ends, and what it says when it cannot go on.
 
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
-use std::time::{Duration, Instant};
 
 use burn::tensor::Device;
 use lorafit::adapter::inject::{self, Init};
@@ -164,7 +163,7 @@ fn batch_and_accumulation_are_one_choice() {
 }
 
 /// The events of one kind in `run/metrics.jsonl`.
-fn metrics(workspace: &Workspace, kind: &str) -> Vec<Value> {
+pub(crate) fn metrics(workspace: &Workspace, kind: &str) -> Vec<Value> {
     let text = workspace.read("run/metrics.jsonl");
     let events = text
         .lines()
@@ -172,11 +171,11 @@ fn metrics(workspace: &Workspace, kind: &str) -> Vec<Value> {
     events.filter(|event| event["event"] == kind).collect()
 }
 
-fn train(workspace: &Workspace, args: &[&str]) -> Ran {
+pub(crate) fn train(workspace: &Workspace, args: &[&str]) -> Ran {
     workspace.run(&[&["train", "recipe.yaml", "--quiet"], args].concat())
 }
 
-fn column(events: &[Value], key: &str) -> Vec<f64> {
+pub(crate) fn column(events: &[Value], key: &str) -> Vec<f64> {
     events
         .iter()
         .map(|event| event[key].as_f64().expect(key))
@@ -253,30 +252,23 @@ fn a_validation_loss_that_is_no_number_stops_too() {
     train(&workspace, &set).fails(1, &["step 0: the validation loss is NaN"]);
 }
 
-/// Weights that grow beyond f32 are noticed in whatever number shows it first.
+/// A decay above 1 turns the weights over and makes them grow at every step, beyond f32 at last.
 #[test]
-fn a_learning_rate_that_explodes_is_named_as_the_remedy() {
+fn weights_that_explode_stop_the_run() {
     let workspace = Workspace::new();
+    let recipe = workspace.read("recipe.yaml");
+    let recipe = recipe.replace("  rank: 4\n  alpha: 8\n", "  method: full\n");
+    workspace.write("recipe.yaml", &recipe);
     let sets = [
-        "adapter.rank=64",
-        "adapter.alpha=1000000",
         "train.learning_rate=1",
-        "train.max_steps=200",
+        "train.weight_decay=10",
         "train.lr_scheduler=constant",
-        "train.warmup_steps=0",
-        "train.max_grad_norm=0",
-        "train.adam_beta1=0",
-        "train.adam_beta2=0",
+        "train.max_steps=200",
     ];
     let args: Vec<&str> = sets.iter().flat_map(|set| ["--set", *set]).collect();
-    let ran = train(&workspace, &args);
-    let steps = column(&metrics(&workspace, "step"), "loss");
-    if ran.code == Some(0) {
-        // Norms and softmax may keep even these weights finite; then every figure must be.
-        assert!(steps.iter().all(|loss| loss.is_finite()));
-    } else {
-        ran.fails(1, &["lower train.learning_rate", "data.jsonl:"]);
-    }
+    train(&workspace, &args).fails(1, &["lower train.learning_rate", "data.jsonl:"]);
+    let losses = column(&metrics(&workspace, "step"), "loss");
+    assert!(losses.len() < 200 && losses.iter().all(|loss| loss.is_finite()));
 }
 
 /// Training rows and validation rows that contradict each other: the validation loss falls while
@@ -438,83 +430,4 @@ fn learning_rates_are_the_recipes() {
             .all(|(got, want)| (got - want).abs() < 1e-15),
         "{cosine:?}"
     );
-}
-
-#[test]
-fn a_run_is_replaced_only_when_asked_and_nothing_else_is() {
-    let workspace = Workspace::new();
-    train(&workspace, &[]).exits(0);
-    let first = workspace.read("run/metrics.jsonl");
-    train(&workspace, &[]).fails(
-        2,
-        &[
-            "run already holds a run",
-            "--resume",
-            "--overwrite",
-            "--out",
-        ],
-    );
-    assert_eq!(first, workspace.read("run/metrics.jsonl"));
-    workspace.write("run/notes.txt", "mine");
-    fs::create_dir(workspace.path("run/plots")).unwrap();
-    workspace.write("run/plots/loss.svg", "mine");
-    workspace.write("run/states/notes.txt", "not a state");
-    train(&workspace, &["--overwrite", "--set", "train.max_steps=2"]).exits(0);
-    assert_eq!(workspace.read("run/notes.txt"), "mine");
-    assert_eq!(workspace.read("run/plots/loss.svg"), "mine");
-    assert_eq!(column(&metrics(&workspace, "step"), "step"), [1.0, 2.0]);
-    assert!(workspace.read("run/recipe.yaml").contains("max_steps: 2"));
-}
-
-#[test]
-fn a_directory_that_is_no_run_is_never_touched() {
-    for flag in ["--resume", "--overwrite", "--json"] {
-        let workspace = Workspace::new();
-        fs::create_dir(workspace.path("run")).unwrap();
-        workspace.write("run/thesis.txt", "mine");
-        train(&workspace, &[flag]).fails(2, &["run is not empty and holds no run", "--out"]);
-        assert_eq!(workspace.names("run"), ["thesis.txt"]);
-    }
-}
-
-#[test]
-fn a_changed_recipe_or_dataset_is_not_continued() {
-    let workspace = Workspace::new();
-    train(&workspace, &[]).exits(0);
-    let changed = ["--resume", "--set", "train.learning_rate=0.5"];
-    train(&workspace, &changed).fails(2, &["train.learning_rate: 0.01 → 0.5", "--overwrite"]);
-    let data = workspace.read("data.jsonl");
-    workspace.write("data.jsonl", &data.replace("talks", "walks"));
-    train(&workspace, &["--resume"]).fails(2, &["the data differs", "put the data back"]);
-    workspace.write("data.jsonl", &data);
-    // What changes no number may change.
-    train(&workspace, &["--resume", "--set", "train.save_steps=1"]).exits(0);
-}
-
-#[test]
-fn two_processes_cannot_train_in_one_run() {
-    let workspace = Workspace::new();
-    let long = [
-        "train",
-        "recipe.yaml",
-        "--quiet",
-        "--set",
-        "train.max_steps=100000",
-    ];
-    let mut first = workspace.command(&long).spawn().expect("lorafit starts");
-    let begin = Instant::now();
-    let training =
-        || workspace.path("run/metrics.jsonl").exists() && !metrics(&workspace, "start").is_empty();
-    while !training() {
-        assert!(begin.elapsed() < Duration::from_secs(60) && first.try_wait().unwrap().is_none());
-        std::thread::sleep(Duration::from_millis(2));
-    }
-    for flag in ["--resume", "--overwrite"] {
-        let args = [flag, "--set", "train.max_steps=100000"];
-        train(&workspace, &args).fails(2, &["another process is training in run", "--out"]);
-    }
-    first.kill().unwrap();
-    first.wait().unwrap();
-    // The lock dies with its owner.
-    train(&workspace, &["--overwrite"]).exits(0);
 }
