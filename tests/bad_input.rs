@@ -317,7 +317,10 @@ fn outputs() {
     train(&["--resume", "--set", "train.learning_rate=0.5"])
         .fails(2, &["train.learning_rate: 0.01 → 0.5", "--overwrite"]);
     workspace.write("data.jsonl", &chat("other", "data"));
-    train(&["--resume"]).fails(2, &["the data differs", "--overwrite"]);
+    train(&["--resume"]).fails(
+        2,
+        &["the data or the base model is not what", "--overwrite"],
+    );
     assert_eq!(
         fs::read(workspace.path("run/adapter/adapter_model.safetensors")).unwrap(),
         adapter

@@ -5,6 +5,10 @@
 //! `LORAFIT_REQUIRE_GPU_TESTS=1` that is a failure. One test for all, because compiling shaders
 //! takes most of the time and is shared within a process.
 
+use std::io::Write;
+use std::path::Path;
+use std::process::Command;
+
 use burn::tensor::Device;
 use lorafit::data::IGNORE_INDEX;
 use lorafit::data::loader::Batch;
@@ -38,6 +42,20 @@ fn gpu() -> Result<(Device, String), String> {
         Ok((two, device)) if two == [2.0] => Ok((device, "the software renderer".to_string())),
         Ok((other, _)) => Err(format!("the software renderer adds 1 and 1 to {other:?}")),
         Err(_) => Err("WebGPU finds no adapter, not even a software renderer".to_string()),
+    }
+}
+
+/// The GPU, or a line that says why the test is skipped (a failure where GPU tests are required).
+fn gpu_or_skip() -> Option<(Device, String)> {
+    match gpu() {
+        Ok(found) => Some(found),
+        Err(reason) => {
+            let required = std::env::var_os("LORAFIT_REQUIRE_GPU_TESTS").is_some_and(|v| v == "1");
+            assert!(!required, "LORAFIT_REQUIRE_GPU_TESTS is set, but {reason}");
+            // Not `eprintln!`, which the test runner swallows when a test passes.
+            let _ = writeln!(std::io::stderr(), "skipped: {reason}");
+            None
+        }
     }
 }
 
@@ -92,14 +110,8 @@ fn train(model: &mut CausalLm, batch: &Batch, steps: usize) -> Vec<f64> {
 
 #[test]
 fn a_gpu_gives_the_numbers_of_the_cpu() {
-    let (gpu, name) = match gpu() {
-        Ok(found) => found,
-        Err(reason) => {
-            let required = std::env::var_os("LORAFIT_REQUIRE_GPU_TESTS").is_some_and(|v| v == "1");
-            assert!(!required, "LORAFIT_REQUIRE_GPU_TESTS is set, but {reason}");
-            eprintln!("skipped: {reason}");
-            return;
-        }
+    let Some((gpu, name)) = gpu_or_skip() else {
+        return;
     };
     eprintln!("testing on {name}");
     let batch = batch();
@@ -119,6 +131,63 @@ fn a_gpu_gives_the_numbers_of_the_cpu() {
     assert_equal(&want, &got, TOLERANCE, "GPU against CPU");
     let (want, got) = (train(&mut on_cpu, &batch, 4), train(&mut on_gpu, &batch, 4));
     assert!(want[3] < want[0] * 0.95, "nothing was learned: {want:?}");
+    for (want, got) in want.iter().zip(&got) {
+        let off = (want - got).abs() / want;
+        assert!(
+            off < TRAINED_TOLERANCE,
+            "{want} on the CPU, {got} on the GPU: {off:.2e}"
+        );
+    }
+}
+
+/// Losses of the first steps of `recipes/quickstart.yaml`, as a user trains it.
+fn quickstart(device: &str) -> Vec<f64> {
+    let scratch = tempfile::tempdir().expect("a scratch directory");
+    let run = scratch.path().join("run");
+    let output = Command::new(env!("CARGO_BIN_EXE_lorafit"))
+        .current_dir(Path::new(env!("CARGO_MANIFEST_DIR")))
+        .args(["train", "recipes/quickstart.yaml", "--device", device])
+        .args([
+            "--set",
+            "train.max_steps=3",
+            "--set",
+            "train.warmup_steps=0",
+        ])
+        .args([
+            "--set",
+            "train.micro_batch_size=2",
+            "--set",
+            "sample.prompts=[]",
+        ])
+        .args([
+            "--set",
+            "data.validation_fraction=0",
+            "--set",
+            "train.eval_steps=0",
+            "--out",
+        ])
+        .arg(&run)
+        .output()
+        .expect("lorafit starts");
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "--device {device}: {errors}");
+    assert!(run.join("adapter/adapter_model.safetensors").is_file());
+    let metrics = std::fs::read_to_string(run.join("metrics.jsonl")).expect("metrics");
+    metrics
+        .lines()
+        .map(|line| serde_json::from_str::<serde_json::Value>(line).expect("JSON"))
+        .filter(|event| event["event"] == "step")
+        .map(|event| event["loss"].as_f64().expect("a loss"))
+        .collect()
+}
+
+#[test]
+fn the_quickstart_trains_on_a_gpu() {
+    if gpu_or_skip().is_none() {
+        return;
+    }
+    let (want, got) = (quickstart("cpu"), quickstart("webgpu"));
+    assert_eq!((want.len(), got.len()), (3, 3));
     for (want, got) in want.iter().zip(&got) {
         let off = (want - got).abs() / want;
         assert!(

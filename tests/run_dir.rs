@@ -51,7 +51,10 @@ fn a_changed_recipe_or_dataset_is_not_continued() {
     train(&workspace, &changed).fails(2, &["train.learning_rate: 0.01 → 0.5", "--overwrite"]);
     let data = workspace.read("data.jsonl");
     workspace.write("data.jsonl", &data.replace("talks", "walks"));
-    train(&workspace, &["--resume"]).fails(2, &["the data differs", "put the data back"]);
+    train(&workspace, &["--resume"]).fails(
+        2,
+        &["the data or the base model is not what", "put them back"],
+    );
     workspace.write("data.jsonl", &data);
     // What changes no number may change.
     train(&workspace, &["--resume", "--set", "train.save_steps=1"]).exits(0);

@@ -319,8 +319,8 @@ fn a_run_stops_early_and_keeps_the_best() {
         column(&metrics(&workspace, "step"), "step").len(),
         last as usize
     );
-    let marked = evals.iter().filter(|eval| eval["best"] == true);
-    assert_eq!(marked.last().unwrap()["step"].as_f64(), Some(best));
+    let mut marked = evals.iter().filter(|eval| eval["best"] == true);
+    assert_eq!(marked.next_back().unwrap()["step"].as_f64(), Some(best));
     let states = [best, last - 1.0, last].map(|step| format!("step-{step:06}"));
     assert_eq!(workspace.names("run/states"), states);
     let adapter =

@@ -14,7 +14,7 @@ use crate::device;
 use crate::export::write::is_taken;
 use crate::model::{names, weights};
 use crate::recipe::{AdapterMethod, Plan, load};
-use crate::train::prepare::{self, Prepared};
+use crate::train::prepare::{self, PrepareError, Prepared};
 use crate::train::trainer;
 
 /// Checks recipe, base model, data, adapters, device and run directory.
@@ -51,7 +51,10 @@ pub(super) fn prepared(
     let plan: Plan = load::load(&args.recipe, sets).map_err(|faults| Usage(faults.to_string()))?;
     let prepared = prepare::prepare(plan, &mut |progress| renderer.download(&progress));
     renderer.finish_bar();
-    Ok(prepared.map_err(|error| Usage(error.to_string()))?)
+    prepared.map_err(|error| match error {
+        PrepareError::Base(error) if error.may_pass() => error.into(),
+        error => Usage(error.to_string()).into(),
+    })
 }
 
 /// What will be trained.

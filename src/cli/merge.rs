@@ -162,6 +162,9 @@ fn request(args: &MergeArgs) -> anyhow::Result<Request> {
         base: plan.base.model,
         revision: plan.base.revision,
         adapter,
-        out: args.out.clone().unwrap_or_else(|| run.join("merged")),
+        out: args
+            .out
+            .clone()
+            .unwrap_or_else(|| run.join(run_dir::MERGED)),
     })
 }

@@ -97,15 +97,15 @@ fn usage(error: RunDirError) -> anyhow::Error {
 
 /// Where the run stands: at its last state when it is resumed and has one, else at the beginning.
 fn progress(prepared: &Prepared, states: &Path, resume: bool) -> anyhow::Result<Progress> {
-    let data = prepared.data_fingerprint();
+    let inputs = prepared.fingerprint();
     let last = run_state::list(states).last().copied();
     let Some(step) = last.filter(|_| resume) else {
-        return Ok(Progress::new(data));
+        return Ok(Progress::new(inputs));
     };
     let progress = run_state::progress(states, step)?;
-    if progress.data != data {
+    if progress.inputs != inputs {
         return Err(Usage(format!(
-            "the data differs from what the run in {} began with, so it cannot go on exactly; put the data back, or start anew with --out or --overwrite",
+            "the data or the base model is not what the run in {} began with, so it cannot go on exactly; put them back, or start anew with --out or --overwrite",
             prepared.plan.output_dir.display()
         ))
         .into());

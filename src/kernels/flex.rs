@@ -196,7 +196,7 @@ pub(super) fn exp(x: f32) -> f32 {
     // Cephes' expf: eˣ = 2ⁿ eʳ with |r| ≤ ln 2 / 2 and a polynomial for eʳ.
     let clamped = x.clamp(-87.3, 88.0);
     let n = (clamped * std::f32::consts::LOG2_E).round_ties_even();
-    let r = n.mul_add(-0.693_359_375, clamped);
+    let r = n.mul_add(-0.693_359_4, clamped);
     let r = n.mul_add(2.121_944_4e-4, r);
     let mut p = 1.987_569_2e-4_f32;
     p = p.mul_add(r, 1.398_199_9e-3);

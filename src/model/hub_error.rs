@@ -133,6 +133,20 @@ pub enum HubError {
     },
 }
 
+impl HubError {
+    /// Whether the network or the disk is to blame and not what was asked for: the same command
+    /// may work later.
+    pub fn may_pass(&self) -> bool {
+        matches!(
+            self,
+            Self::Unreachable { .. }
+                | Self::Damaged { .. }
+                | Self::Cache { .. }
+                | Self::Other { .. }
+        )
+    }
+}
+
 impl Repo {
     /// An error of hf-hub's, in terms of what to do about it.
     pub(super) fn explain(&self, error: HFError, endpoint: &str) -> HubError {

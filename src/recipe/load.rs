@@ -70,10 +70,10 @@ fn whole(path: &Path, message: impl Into<String>, remedy: &str) -> Fault {
     }
 }
 
-fn read(path: &Path) -> Result<String, Fault> {
+fn read(path: &Path) -> Result<String, Faults> {
     if path.is_dir() {
         let remedy = "name the recipe file in it";
-        return Err(whole(path, "is a directory, expected a YAML file", remedy));
+        return Err(whole(path, "is a directory, expected a YAML file", remedy).into());
     }
     let mut bytes = Vec::new();
     File::open(path)
@@ -86,11 +86,7 @@ fn read(path: &Path) -> Result<String, Fault> {
         })?;
     if bytes.len() as u64 > MAX_BYTES {
         let remedy = "is this a data file? name it in `data.train` of a recipe";
-        return Err(whole(
-            path,
-            "is larger than 1 MiB, expected a recipe",
-            remedy,
-        ));
+        return Err(whole(path, "is larger than 1 MiB, expected a recipe", remedy).into());
     }
     String::from_utf8(bytes).map_err(|error| {
         let valid = &error.as_bytes()[..error.utf8_error().valid_up_to()];
@@ -98,10 +94,11 @@ fn read(path: &Path) -> Result<String, Fault> {
             line: Some(1 + valid.iter().filter(|byte| **byte == b'\n').count()),
             ..whole(path, "is not UTF-8 text", "save it as UTF-8")
         }
+        .into()
     })
 }
 
-fn parse(path: &Path, text: &str) -> Result<Vec<(Node, Node)>, Fault> {
+fn parse(path: &Path, text: &str) -> Result<Vec<(Node, Node)>, Faults> {
     let error = match tree::parse(text) {
         Ok(Some(Node {
             value: Value::Map(entries),
@@ -115,9 +112,10 @@ fn parse(path: &Path, text: &str) -> Result<Vec<(Node, Node)>, Fault> {
             return Err(Fault {
                 line: tree::line_of(text, root.id),
                 ..whole(path, message, START_FROM_A_TEMPLATE)
-            });
+            }
+            .into());
         }
-        Ok(None) => return Err(whole(path, "is empty", START_FROM_A_TEMPLATE)),
+        Ok(None) => return Err(whole(path, "is empty", START_FROM_A_TEMPLATE).into()),
         Err(error) => error,
     };
     let line = error.line.and_then(|line| text.lines().nth(line - 1));
@@ -125,7 +123,7 @@ fn parse(path: &Path, text: &str) -> Result<Vec<(Node, Node)>, Fault> {
         let indent = line.len() - line.trim_start().len();
         line[..indent].contains('\t')
     });
-    Err(if tab {
+    let fault = if tab {
         Fault {
             line: error.line,
             ..whole(path, "is indented with a tab", "YAML takes spaces only")
@@ -135,7 +133,8 @@ fn parse(path: &Path, text: &str) -> Result<Vec<(Node, Node)>, Fault> {
             line: error.line,
             ..whole(path, format!("is not a YAML recipe: {}", error.message), "")
         }
-    })
+    };
+    Err(fault.into())
 }
 
 /// Orders the findings by place and looks up their lines.

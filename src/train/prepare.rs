@@ -46,17 +46,19 @@ pub struct AdapterChoice {
     pub values: Option<BTreeMap<String, LoraPair>>,
 }
 
-/// Everything that is wrong with a plan, its base model and its data.
-#[derive(Debug)]
-pub struct PrepareError(Vec<String>);
-
-impl fmt::Display for PrepareError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0.join("\n"))
-    }
+/// Why a plan cannot be carried out.
+#[derive(Debug, thiserror::Error)]
+pub enum PrepareError {
+    /// The base model was not found.
+    #[error(transparent)]
+    Base(#[from] hub::HubError),
+    /// Everything that is wrong with the plan, its base model and its data.
+    #[error("{}", .0.join("\n"))]
+    Faults(Vec<String>),
 }
 
-impl std::error::Error for PrepareError {}
+/// Bytes of each end of a tensor that a fingerprint sees.
+const ENDS: usize = 32;
 
 /// Collects what independent checks find.
 #[derive(Default)]
@@ -77,10 +79,7 @@ pub fn prepare(
     progress: &mut dyn FnMut(hub::Progress),
 ) -> Result<Prepared, PrepareError> {
     let mut findings = Findings::default();
-    let located = hub::locate(&plan.base.model, &plan.base.revision, progress);
-    let Some(base) = findings.take(located) else {
-        return Err(PrepareError(findings.0));
-    };
+    let base = hub::locate(&plan.base.model, &plan.base.revision, progress)?;
     let template = plan.data.chat_template.as_deref();
     let tokenizer = findings.take(ChatTokenizer::open(&base, template));
     let (config, weights) = open_weights(&plan, &base, &mut findings);
@@ -106,7 +105,7 @@ pub fn prepare(
             adapter,
             plan,
         }),
-        _ => Err(PrepareError(findings.0)),
+        _ => Err(PrepareError::Faults(findings.0)),
     }
 }
 
@@ -209,13 +208,30 @@ impl Prepared {
         Ok(model)
     }
 
-    /// Identifies the training samples, so that a resumed run can tell that they are the same.
-    pub fn data_fingerprint(&self) -> String {
+    /// Identifies the samples and the base model, so that a resumed run can tell that they are the
+    /// same. Of each base tensor it sees name, shape and both ends, which any retraining changes.
+    pub fn fingerprint(&self) -> String {
         let mut stream = Stream::new(self.dataset.train.len() as u64);
         for sample in self.dataset.train.iter().chain(&self.dataset.validation) {
             stream = stream.split(sample.input_ids.len() as u64);
             for (&id, &label) in sample.input_ids.iter().zip(&sample.labels) {
                 stream = stream.split(u64::from(id) << 32 | u64::from(label as u32));
+            }
+        }
+        let mut fold = |bytes: &[u8]| {
+            for byte in bytes {
+                stream = stream.split(u64::from(*byte));
+            }
+        };
+        let weights = self.weights.iter();
+        for (weights, name) in weights.flat_map(|w| w.names().map(move |name| (w, name))) {
+            fold(name.as_bytes());
+            for size in weights.shape(name).unwrap_or_default() {
+                fold(&size.to_le_bytes());
+            }
+            if let Ok(Some(raw)) = weights.raw(name) {
+                fold(&raw[..raw.len().min(ENDS)]);
+                fold(&raw[raw.len().saturating_sub(ENDS)..]);
             }
         }
         format!("{:016x}", stream.bits(0))

@@ -91,6 +91,8 @@ const LOCK: &str = "run.lock";
 pub const ADAPTER: &str = "adapter";
 /// The adapter of the lowest validation loss, when that is not the last.
 pub const BEST_ADAPTER: &str = "adapter-best";
+/// Base and adapter as one model, where `lorafit merge RUN` puts it.
+pub const MERGED: &str = "merged";
 /// The model of `adapter.method: full`.
 pub const MODEL: &str = "model";
 /// The model of the lowest validation loss, when that is not the last.
@@ -241,7 +243,7 @@ fn only_ours(path: &Path) -> bool {
 
 /// Deletes what a run wrote, and nothing else.
 fn clear(path: &Path) -> Result<(), RunDirError> {
-    for name in [ADAPTER, BEST_ADAPTER, MODEL, BEST_MODEL, STATES] {
+    for name in [ADAPTER, BEST_ADAPTER, MODEL, BEST_MODEL, MERGED, STATES] {
         let path = path.join(name);
         match fs::remove_dir_all(&path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {

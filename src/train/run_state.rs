@@ -35,13 +35,13 @@ pub struct Progress {
     pub loss: Option<f64>,
     /// Whether the run ended early for want of improvement.
     pub stopped_early: bool,
-    /// Identifies the training samples and their order.
-    pub data: String,
+    /// Identifies the samples and the base model.
+    pub inputs: String,
 }
 
 impl Progress {
-    /// Before the first step, on the data of this fingerprint.
-    pub fn new(data: String) -> Self {
+    /// Before the first step, on the samples and the base of this fingerprint.
+    pub fn new(inputs: String) -> Self {
         Self {
             step: 0,
             evaluated: None,
@@ -49,7 +49,7 @@ impl Progress {
             evaluations_without_improvement: 0,
             loss: None,
             stopped_early: false,
-            data,
+            inputs,
         }
     }
 
