@@ -9,12 +9,13 @@ use lorafit::data::{DataError, Dataset, IGNORE_INDEX, Sample, load};
 use lorafit::recipe::plan::{DataFormat, DataPlan};
 use serde_json::json;
 
-use crate::weights::{Random, reference};
+use crate::reference::own;
+use crate::weights::Random;
 
 const POSITIONS: usize = 4096;
 
 fn tokenizer() -> ChatTokenizer {
-    ChatTokenizer::from_dir(&reference().join("tokenizer"), None).unwrap()
+    ChatTokenizer::from_dir(&own().join("tokenizer"), None).unwrap()
 }
 
 /// The golden tokenizer with another template.
@@ -22,7 +23,7 @@ fn tokenizer_with(template: &str) -> ChatTokenizer {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("test.jinja");
     fs::write(&path, template).unwrap();
-    ChatTokenizer::from_dir(&reference().join("tokenizer"), Some(&path)).unwrap()
+    ChatTokenizer::from_dir(&own().join("tokenizer"), Some(&path)).unwrap()
 }
 
 fn plan(train: &[&Path]) -> DataPlan {
@@ -137,7 +138,7 @@ fn formats_are_detected_in_every_kind_of_file() {
 #[test]
 fn without_a_template_alpaca_rows_use_the_classic_prompt() {
     let dir = tempfile::tempdir().unwrap();
-    let golden = reference().join("tokenizer");
+    let golden = own().join("tokenizer");
     for name in ["tokenizer.json", "tokenizer_config.json"] {
         fs::copy(golden.join(name), dir.path().join(name)).unwrap();
     }
@@ -194,7 +195,7 @@ fn random_chat(random: &mut Random) -> Vec<(&'static str, String)> {
 
 #[test]
 fn random_conversations_have_every_label_where_it_must_be() {
-    let generation = fs::read_to_string(reference().join("tokenizer/chat_template.jinja")).unwrap();
+    let generation = fs::read_to_string(own().join("tokenizer/chat_template.jinja")).unwrap();
     let mut random = Random(7);
     let chats: Vec<_> = (0..400).map(|_| random_chat(&mut random)).collect();
     let rows: String = chats

@@ -7,7 +7,8 @@ use lorafit::model::weights::{Dtype, Weights, check};
 use lorafit::quant::blocks::{BlockKind, dequantise};
 use lorafit::quant::gguf::{GgufFile, Value};
 
-use crate::weights::{Random, reference};
+use crate::reference::reference;
+use crate::weights::Random;
 
 #[test]
 fn each_block_format_dequantises_to_the_bit() {

@@ -12,7 +12,7 @@ use lorafit::model::hub::{HubOptions, Progress, locate_with};
 use lorafit::model::weights::Weights;
 use serde_json::json;
 
-use crate::weights::reference;
+use crate::reference::own;
 
 const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
 const MODEL: &str = "someone/tiny";
@@ -207,7 +207,7 @@ fn reply(method: &str, path: &str, files: &BTreeMap<String, Vec<u8>>, mood: Mood
 
 /// The files of a golden model, with pickles and others that nobody should ask for.
 fn llama_hub() -> Hub {
-    let dir = reference().join("models/llama");
+    let dir = own().join("models/llama");
     let config = fs::read(dir.join("config.json")).unwrap();
     let weights = fs::read(dir.join("model.safetensors")).unwrap();
     Hub::start(&[
@@ -306,7 +306,7 @@ fn the_cache_serves_what_was_downloaded() {
 
 #[test]
 fn shards_are_those_of_the_index() {
-    let dir = reference().join("models/qwen2");
+    let dir = own().join("models/qwen2");
     let mut files: Vec<(String, Vec<u8>)> = fs::read_dir(dir)
         .unwrap()
         .map(|entry| entry.unwrap())
@@ -341,7 +341,7 @@ fn shards_are_those_of_the_index() {
 
 #[test]
 fn a_lone_gguf_is_taken_and_a_choice_is_left_to_the_user() {
-    let gguf = fs::read(reference().join("quant/gguf/llama.gguf")).unwrap();
+    let gguf = fs::read(own().join("quant/gguf/llama.gguf")).unwrap();
     let hub = Hub::start(&[("README.md", b"#"), ("tiny.Q8_0.gguf", &gguf)]);
     let path = hub.locate().unwrap();
     assert!(path.ends_with("tiny.Q8_0.gguf"), "{path:?}");

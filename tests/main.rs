@@ -6,13 +6,15 @@ mod data;
 mod export;
 mod fixture;
 mod gguf;
-mod golden;
+mod golden_lora;
+mod golden_models;
 #[cfg(feature = "webgpu")]
 mod gpu;
 mod hub;
 mod merge;
 mod peft;
 mod recipe;
+mod reference;
 mod resume;
 mod run_dir;
 mod tokenizer;

@@ -19,20 +19,15 @@ use lorafit::model::weights::{Dtype, Weights, check};
 use lorafit::recipe::plan::TargetModules;
 use serde_json::{Value, json};
 
-fn reference() -> PathBuf {
-    std::env::var_os("LORAFIT_REFERENCE").map_or_else(
-        || Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden"),
-        PathBuf::from,
-    )
-}
+use crate::reference::own;
 
 fn llama() -> &'static Path {
-    static PATH: LazyLock<PathBuf> = LazyLock::new(|| reference().join("models/llama"));
+    static PATH: LazyLock<PathBuf> = LazyLock::new(|| own().join("models/llama"));
     &PATH
 }
 
 fn adapter(case: &str, state: &str) -> PathBuf {
-    reference().join("lora").join(case).join(state)
+    own().join("lora").join(case).join(state)
 }
 
 fn job<'a>(base: &'a Path, adapter: &'a Path, out: &'a Path) -> MergeJob<'a> {
@@ -49,7 +44,8 @@ fn json_file(path: &Path) -> Value {
     serde_json::from_str(&fs::read_to_string(path).unwrap()).unwrap()
 }
 
-fn names_in(dir: &Path) -> Vec<String> {
+/// Names in a directory, sorted.
+pub fn names_in(dir: &Path) -> Vec<String> {
     let mut names: Vec<String> = (fs::read_dir(dir).unwrap())
         .map(|entry| entry.unwrap().file_name().to_string_lossy().into_owned())
         .collect();
@@ -344,10 +340,7 @@ fn the_tokenizer_is_the_adapters_if_it_has_one() {
 #[test]
 fn tied_embeddings_stay_tied() {
     let dir = tempfile::tempdir().unwrap();
-    let (base, own) = (
-        reference().join("models/llama_tied"),
-        dir.path().join("adapter"),
-    );
+    let (base, own) = (own().join("models/llama_tied"), dir.path().join("adapter"));
     let weights = Weights::open(&base).unwrap();
     let config = weights.config().unwrap();
     let targeting = Targeting {
@@ -387,10 +380,7 @@ fn tied_embeddings_stay_tied() {
 #[test]
 fn a_gguf_base_becomes_a_hugging_face_model() {
     let dir = tempfile::tempdir().unwrap();
-    let (base, out) = (
-        reference().join("quant/gguf/llama.gguf"),
-        dir.path().join("out"),
-    );
+    let (base, out) = (own().join("quant/gguf/llama.gguf"), dir.path().join("out"));
     let adapter = adapter("all_linear", "adapter_final");
     let report = merge(&job(&base, &adapter, &out), &mut |_| ()).unwrap();
     assert_eq!(report.tokenizer_from.as_deref(), Some(base.as_path()));
@@ -433,55 +423,6 @@ fn a_gguf_base_becomes_a_hugging_face_model() {
         for (x, y) in exact.read_f32(&name).unwrap().iter().zip(&expected) {
             assert!((f64::from(*x) - y).abs() < 1e-6, "{name}: {x} {y}");
         }
-    }
-}
-
-#[test]
-fn an_adapter_is_written_byte_for_byte_as_peft_does() {
-    for case in ["all_linear", "attention_patterns", "layers_subset"] {
-        let dir = tempfile::tempdir().unwrap();
-        let golden = adapter(case, "adapter_final");
-        let (config, pairs) = read_adapter(&golden).unwrap();
-        let out = dir.path().join("adapter");
-        let card = ModelCard {
-            recipe_yaml: "train:\n  seed: 1\n".to_owned(),
-            metrics: vec![("eval_loss".to_owned(), "1.25".to_owned())],
-        };
-        let save = |to: &Path| Ok(fs::write(to.join("tokenizer.json"), "{}")?);
-        write_adapter(&out, &config, &pairs, save, &card).unwrap();
-        let bytes = |dir: &Path| fs::read(dir.join("adapter_model.safetensors")).unwrap();
-        assert!(bytes(&out) == bytes(&golden), "{case}");
-        let text = fs::read_to_string(out.join("README.md")).unwrap();
-        for part in [
-            "---\n",
-            "library_name: peft\n",
-            "- lorafit\n",
-            "| eval_loss | 1.25 |",
-            "  seed: 1\n",
-            "PeftModel.from_pretrained",
-            "lorafit generate --base",
-        ] {
-            assert!(text.contains(part), "{part} not in {text}");
-        }
-        let files = [
-            "README.md",
-            "adapter_config.json",
-            "adapter_model.safetensors",
-            "tokenizer.json",
-        ];
-        assert_eq!(names_in(&out), files);
-        assert_eq!(read_adapter(&out).unwrap(), (config.clone(), pairs.clone()));
-
-        // Written again in its place, but never over anything else.
-        write_adapter(&out, &config, &pairs, |_| Ok(()), &card).unwrap();
-        assert_eq!(names_in(&out).len(), 3);
-        let failed = write_adapter(&out, &config, &pairs, |_| Err("no disk".into()), &card);
-        assert!(failed.unwrap_err().to_string().contains("no disk"));
-        assert_eq!(names_in(&out).len(), 3);
-        fs::remove_file(out.join("adapter_config.json")).unwrap();
-        let taken = write_adapter(&out, &config, &pairs, |_| Ok(()), &card);
-        assert!(taken.unwrap_err().to_string().contains("already exists"));
-        assert_eq!(names_in(dir.path()), ["adapter"]);
     }
 }
 

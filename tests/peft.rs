@@ -6,12 +6,16 @@ use std::path::{Path, PathBuf};
 
 use lorafit::adapter::peft::{AdapterConfig, fit, read_adapter};
 use lorafit::adapter::target::{ALL_LINEAR, Targeting, as_written, select};
+use lorafit::export::peft::{ModelCard, write_adapter};
 use lorafit::export::safetensors::{TensorInfo, f32_bytes, write_safetensors};
 use lorafit::model::config::ModelConfig;
 use lorafit::model::names;
 use lorafit::recipe::plan::TargetModules;
 use safetensors::{Dtype, SafeTensors};
 use serde_json::{Value, json};
+
+use crate::merge::names_in;
+use crate::reference::own;
 
 /// The cases that are plain LoRA on `models/llama`.
 const PLAIN: [&str; 5] = [
@@ -22,15 +26,8 @@ const PLAIN: [&str; 5] = [
     "regex_target",
 ];
 
-fn reference() -> PathBuf {
-    std::env::var_os("LORAFIT_REFERENCE").map_or_else(
-        || Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden"),
-        PathBuf::from,
-    )
-}
-
 fn case(name: &str) -> PathBuf {
-    reference().join("lora").join(name)
+    own().join("lora").join(name)
 }
 
 fn json_file(path: &Path) -> Value {
@@ -39,10 +36,8 @@ fn json_file(path: &Path) -> Value {
 
 /// Paths and shapes of the linear layers of the golden base.
 fn linears() -> Vec<(String, [usize; 2])> {
-    let config = ModelConfig::from_dir(&reference().join("models/llama")).unwrap();
-    (names::linears(&config).into_iter())
-        .map(|l| (l.path, [l.out_features, l.in_features]))
-        .collect()
+    let config = ModelConfig::from_dir(&own().join("models/llama")).unwrap();
+    names::linear_shapes(&config)
 }
 
 fn modules() -> Vec<String> {
@@ -51,7 +46,7 @@ fn modules() -> Vec<String> {
 
 /// What the case's author passed to PEFT, as lorafit states it.
 fn choice(name: &str) -> Targeting {
-    let spec = &json_file(&reference().join("spec.json"))["lora"][name]["peft"];
+    let spec = &json_file(&own().join("spec.json"))["lora"][name]["peft"];
     let list = |key: &str| -> Vec<String> {
         match &spec[key] {
             Value::String(one) => vec![one.clone()],
@@ -287,4 +282,53 @@ fn a_recipe_default_reads_as_all_linear() {
         choice("all_linear").target_modules,
         TargetModules::Pattern(ALL_LINEAR.to_owned())
     );
+}
+
+#[test]
+fn an_adapter_is_written_byte_for_byte_as_peft_does() {
+    for case in ["all_linear", "attention_patterns", "layers_subset"] {
+        let dir = tempfile::tempdir().unwrap();
+        let golden = self::case(case).join("adapter_final");
+        let (config, pairs) = read_adapter(&golden).unwrap();
+        let out = dir.path().join("adapter");
+        let card = ModelCard {
+            recipe_yaml: "train:\n  seed: 1\n".to_owned(),
+            metrics: vec![("eval_loss".to_owned(), "1.25".to_owned())],
+        };
+        let save = |to: &Path| Ok(fs::write(to.join("tokenizer.json"), "{}")?);
+        write_adapter(&out, &config, &pairs, save, &card).unwrap();
+        let bytes = |dir: &Path| fs::read(dir.join("adapter_model.safetensors")).unwrap();
+        assert!(bytes(&out) == bytes(&golden), "{case}");
+        let text = fs::read_to_string(out.join("README.md")).unwrap();
+        for part in [
+            "---\n",
+            "library_name: peft\n",
+            "- lorafit\n",
+            "| eval_loss | 1.25 |",
+            "  seed: 1\n",
+            "PeftModel.from_pretrained",
+            "lorafit generate --base",
+        ] {
+            assert!(text.contains(part), "{part} not in {text}");
+        }
+        let files = [
+            "README.md",
+            "adapter_config.json",
+            "adapter_model.safetensors",
+            "tokenizer.json",
+        ];
+        assert_eq!(names_in(&out), files);
+        assert_eq!(read_adapter(&out).unwrap(), (config.clone(), pairs.clone()));
+
+        // Written again in its place, but never over anything else.
+        write_adapter(&out, &config, &pairs, |_| Ok(()), &card).unwrap();
+        assert_eq!(names_in(&out).len(), 3);
+        let failed = write_adapter(&out, &config, &pairs, |_| Err("no disk".into()), &card);
+        assert!(failed.unwrap_err().to_string().contains("no disk"));
+        assert_eq!(names_in(&out).len(), 3);
+        fs::remove_file(out.join("adapter_config.json")).unwrap();
+        let taken = write_adapter(&out, &config, &pairs, |_| Ok(()), &card);
+        assert!(taken.unwrap_err().to_string().contains("already exists"));
+        assert_eq!(names_in(dir.path()), ["adapter"]);
+    }
 }

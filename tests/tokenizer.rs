@@ -11,7 +11,7 @@ use lorafit::data::tokenize::{ChatTokenizer, TokenizerError};
 use lorafit::quant::gguf::{Metadata, Value as Meta};
 use serde_json::{Map, Value, json};
 
-use crate::weights::reference;
+use crate::reference::reference;
 
 fn folder() -> PathBuf {
     reference().join("tokenizer")

@@ -10,13 +10,7 @@ use lorafit::model::weights::{Dtype, Weights, check, expected_tensors};
 use safetensors::tensor::TensorView;
 use serde_json::{Value, json};
 
-/// The folder of goldens.
-pub fn reference() -> PathBuf {
-    match std::env::var_os("LORAFIT_REFERENCE") {
-        Some(dir) => PathBuf::from(dir),
-        None => Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden"),
-    }
-}
+use crate::reference::own;
 
 /// Pseudo-random numbers (splitmix64), the same in every run.
 pub struct Random(pub u64);
@@ -53,7 +47,7 @@ impl Random {
 }
 
 fn models() -> Vec<PathBuf> {
-    let mut dirs: Vec<PathBuf> = fs::read_dir(reference().join("models"))
+    let mut dirs: Vec<PathBuf> = fs::read_dir(own().join("models"))
         .expect("the goldens are there")
         .map(|entry| entry.unwrap().path())
         .collect();
@@ -148,7 +142,7 @@ fn other_families_are_refused_by_name() {
 #[test]
 fn rope_goldens_read_as_written() {
     let scaling = |name: &str| {
-        let dir = reference().join("models").join(name);
+        let dir = own().join("models").join(name);
         ModelConfig::from_dir(&dir).unwrap().rope.scaling
     };
     assert_eq!(scaling("llama"), RopeScaling::Default);
@@ -165,9 +159,9 @@ fn rope_goldens_read_as_written() {
 
 #[test]
 fn shards_and_bf16_are_read() {
-    let sharded = Weights::open(&reference().join("models/qwen2")).unwrap();
+    let sharded = Weights::open(&own().join("models/qwen2")).unwrap();
     assert!(sharded.names().count() > 10);
-    let bf16 = Weights::open(&reference().join("models/qwen3")).unwrap();
+    let bf16 = Weights::open(&own().join("models/qwen3")).unwrap();
     let name = "model.norm.weight";
     assert_eq!(bf16.dtype(name), Some(Dtype::BF16));
     let raw = bf16.raw(name).unwrap().unwrap();
@@ -182,7 +176,7 @@ fn shards_and_bf16_are_read() {
 
 #[test]
 fn linear_modules_stand_in_the_models_order() {
-    let dir = reference().join("models/llama");
+    let dir = own().join("models/llama");
     let config = ModelConfig::from_dir(&dir).unwrap();
     let modules = names::linear_modules(&config);
     assert_eq!(modules.len(), 7 * config.num_hidden_layers);

@@ -61,6 +61,10 @@ pub enum Command {
     Completions(CompletionsArgs),
 }
 
+/// Not a doc comment: the brackets would read as links.
+const DEVICE_HELP: &str =
+    "Where to compute: auto, cpu, vulkan[:i], metal[:i], webgpu[:i] or cuda[:i]";
+
 /// A recipe and what overrides it.
 #[derive(Debug, Clone, Args)]
 pub struct RecipeArgs {
@@ -70,8 +74,8 @@ pub struct RecipeArgs {
     /// Override a knob of the recipe; the value is YAML. May be repeated
     #[arg(long = "set", value_name = "KEY=VALUE")]
     pub set: Vec<String>,
-    /// Where to compute: auto, cpu, vulkan[:i], metal[:i], webgpu[:i] or cuda[:i]
-    #[arg(long, default_value = "auto")]
+    /// Where to compute.
+    #[arg(long, default_value = "auto", help = DEVICE_HELP)]
     pub device: DeviceSpec,
 }
 
@@ -233,8 +237,8 @@ pub struct GenerateArgs {
         value_parser = value_of::<u64>("train.seed")
     )]
     pub seed: u64,
-    /// Where to compute: auto, cpu, vulkan[:i], metal[:i], webgpu[:i] or cuda[:i]
-    #[arg(long, default_value = "auto")]
+    /// Where to compute.
+    #[arg(long, default_value = "auto", help = DEVICE_HELP)]
     pub device: DeviceSpec,
 }
 

@@ -5,7 +5,65 @@ use std::f64::consts::{PI, TAU};
 
 use burn::tensor::{Device, Tensor, TensorData};
 
-use crate::model::config::{RopeConfig, RopeScaling};
+/// Rotary position embedding (arXiv 2104.09864).
+#[derive(Debug, Clone, PartialEq)]
+pub struct RopeConfig {
+    /// Base of the frequencies.
+    pub theta: f64,
+    /// How the frequencies are stretched for long contexts.
+    pub scaling: RopeScaling,
+}
+
+/// Rope scaling, as in transformers' `modeling_rope_utils.py`.
+#[derive(Debug, Clone, PartialEq)]
+pub enum RopeScaling {
+    /// No scaling.
+    Default,
+    /// Frequencies divided by `factor`.
+    Linear {
+        /// Stretch.
+        factor: f64,
+    },
+    /// NTK-aware scaling that depends on the length of the batch.
+    Dynamic {
+        /// Stretch.
+        factor: f64,
+        /// Length up to which nothing changes.
+        original_max_position_embeddings: usize,
+    },
+    /// Llama 3.1's scaling by wavelength.
+    Llama3 {
+        /// Stretch of the low frequencies.
+        factor: f64,
+        /// Below this many turns over the original context a frequency is low.
+        low_freq_factor: f64,
+        /// Above this many turns a frequency is left alone.
+        high_freq_factor: f64,
+        /// Original context length.
+        original_max_position_embeddings: usize,
+    },
+    /// YaRN (arXiv 2309.00071).
+    Yarn {
+        /// Stretch.
+        factor: f64,
+        /// Original context length.
+        original_max_position_embeddings: usize,
+        /// Scale of cos and sin; derived from `factor` and the mscales when `None`.
+        attention_factor: Option<f64>,
+        /// Ramp start in turns.
+        beta_fast: f64,
+        /// Ramp end in turns.
+        beta_slow: f64,
+        /// DeepSeek's mscale.
+        mscale: Option<f64>,
+        /// DeepSeek's mscale_all_dim.
+        mscale_all_dim: Option<f64>,
+        /// Whether the ramp's ends are rounded to whole dimensions.
+        truncate: bool,
+    },
+    /// Frequencies divided one by one (GGUF's `rope_freqs.weight`). `[head_dim / 2]`
+    Factors(Vec<f32>),
+}
 
 /// Frequencies of a model's rotary embedding.
 #[derive(Debug, Clone)]

@@ -1,0 +1,283 @@
+//! Training runs give PEFT's losses, norms, gradients, adapters and merged logits, step by step.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use lorafit::adapter::config::{AdapterConfig, AdapterConfigError};
+use lorafit::adapter::inject::{self, Init};
+use lorafit::adapter::peft::{self, LoraPair};
+use lorafit::data::loader::Batch;
+use lorafit::device::to_vec;
+use lorafit::export::merged::{MergeJob, merge};
+use lorafit::model::{CausalLm, Tokens, names};
+use lorafit::recipe::LrScheduler;
+use lorafit::train::optimizer::{AdamW, AdamWConfig};
+use lorafit::train::schedule::Schedule;
+use lorafit::train::step::{self, Gradients};
+use serde_json::Value;
+
+use crate::reference::{
+    Case, Figures, Tensors, Verdict, distance, failed, flat, load, not_yet, reference, run_all,
+    tolerance,
+};
+
+/// Reads an adapter; what it asks for beyond plain LoRA on linear layers is not supported yet.
+fn read_adapter(dir: &Path) -> Result<(AdapterConfig, BTreeMap<String, LoraPair>), Verdict> {
+    let tensors = Tensors::open(&dir.join("adapter_model.safetensors"));
+    let config = AdapterConfig::load(dir).map_err(|error| match error {
+        AdapterConfigError::Unsupported { .. } => not_yet(error),
+        _ => failed(error),
+    })?;
+    let strange = |name: &&str| {
+        names::parse_peft_key(name).is_none_or(|(module, _)| !module.contains(".layers."))
+    };
+    let file = tensors.file();
+    if let Some(name) = file.names().into_iter().find(strange) {
+        return Err(not_yet(format!("the adapter tensor {name}")));
+    }
+    let (_, pairs) = peft::read_adapter(dir).map_err(failed)?;
+    Ok((config, pairs))
+}
+
+/// What a LoRA case trains with.
+struct Hyper {
+    json: Value,
+}
+
+impl Hyper {
+    fn open(case: &Path) -> Result<Self, Verdict> {
+        let text = std::fs::read_to_string(case.join("hyper.json")).map_err(failed)?;
+        let json: Value = serde_json::from_str(&text).map_err(failed)?;
+        if json["nf4_base"] == Value::Bool(true) {
+            return Err(not_yet("a 4-bit base"));
+        }
+        let known = ["lr", "betas", "eps", "weight_decay"];
+        for key in json["optimizer"].as_object().expect("optimizer").keys() {
+            if !known.contains(&key.as_str()) {
+                return Err(not_yet(format!("the optimizer's {key}")));
+            }
+        }
+        if case.join("base_residual.safetensors").exists() {
+            return Err(not_yet("an initialisation that changes the base"));
+        }
+        Ok(Self { json })
+    }
+
+    fn number(&self, path: &str) -> f64 {
+        self.json.pointer(path).and_then(Value::as_f64).expect(path)
+    }
+
+    fn optimizer(&self) -> AdamW {
+        AdamW::new(AdamWConfig {
+            beta1: self.number("/optimizer/betas/0"),
+            beta2: self.number("/optimizer/betas/1"),
+            eps: self.number("/optimizer/eps"),
+            weight_decay: self.number("/optimizer/weight_decay"),
+        })
+    }
+
+    fn schedule(&self) -> Result<Schedule, Verdict> {
+        let shape = match self.json["schedule"]["kind"].as_str() {
+            Some("cosine") => LrScheduler::Cosine,
+            Some("linear") => LrScheduler::Linear,
+            Some("constant") => LrScheduler::Constant,
+            other => return Err(not_yet(format!("the schedule {other:?}"))),
+        };
+        Ok(Schedule {
+            peak: self.number("/optimizer/lr"),
+            shape,
+            warmup_steps: self.number("/schedule/warmup_steps") as usize,
+            total_steps: self.number("/schedule/total_steps") as usize,
+        })
+    }
+}
+
+fn lora_case(case: &Path) -> Case {
+    let hyper = Hyper::open(case)?;
+    let base = reference()
+        .join("models")
+        .join(hyper.json["base"].as_str().expect("base"));
+    let mut model = load(&base)?;
+    let (config, pairs) = read_adapter(&case.join("adapter_init"))?;
+    let shapes = names::linear_shapes(model.config());
+    let modules = peft::fit(case, &config, &pairs, &shapes).map_err(failed)?;
+    inject::inject(
+        &mut model,
+        &modules,
+        config.lora_dropout,
+        &Init::Loaded(&pairs),
+    );
+    let expected = Tensors::open(&case.join("expected.safetensors"));
+    let mut figures = Figures::default();
+    let probe = |model: &CausalLm| probe(model, &expected);
+    let before = expected.floats("logits_before");
+    figures.check(
+        "logits",
+        "logits_before",
+        distance(&probe(&model), &before),
+        tolerance::LOGITS,
+    );
+    train(&mut model, case, &hyper, &expected, &mut figures)?;
+    let after = expected.floats("logits_after");
+    let off = distance(&probe(&model.frozen()), &after);
+    figures.check(
+        "trained logits",
+        "logits_after",
+        off,
+        tolerance::TRAINED_LOGITS,
+    );
+    check_final(&mut model, case, &mut figures)?;
+    check_merge(case, &base, &expected, &mut figures)?;
+    figures.verdict()
+}
+
+fn probe(model: &CausalLm, expected: &Tensors) -> Vec<f32> {
+    let ids = expected.ints("probe_input_ids");
+    let input = Tokens {
+        ids: &ids,
+        batch: expected.shape("probe_input_ids")[0],
+        positions: None,
+    };
+    flat(
+        model
+            .frozen()
+            .logits(model.frozen().hidden(input, None, None)),
+    )
+}
+
+/// The whole training run, step by step against PEFT's.
+fn train(
+    model: &mut CausalLm,
+    case: &Path,
+    hyper: &Hyper,
+    expected: &Tensors,
+    figures: &mut Figures,
+) -> Result<(), Verdict> {
+    let batches = Tensors::open(&case.join("batches.safetensors"));
+    let (ids, labels) = (batches.ints("input_ids"), batches.ints("labels"));
+    let [all, batch, tokens] = batches.shape("input_ids")[..] else {
+        panic!("input_ids are [steps * accum, B, T]")
+    };
+    let accum = hyper.number("/accum") as usize;
+    let batches: Vec<Batch> = (0..all)
+        .map(|i| {
+            let rows = i * batch * tokens..(i + 1) * batch * tokens;
+            Batch {
+                batch,
+                tokens,
+                input_ids: ids[rows.clone()].to_vec(),
+                labels: labels[rows].to_vec(),
+                lengths: vec![tokens; batch],
+            }
+        })
+        .collect();
+    let (losses, norms) = (expected.floats("loss"), expected.floats("grad_norm"));
+    let (rates, counts) = (expected.floats("lr"), expected.ints("n_label_tokens"));
+    let groups = expected.shape("lr")[1];
+    let (mut optimizer, schedule) = (hyper.optimizer(), hyper.schedule()?);
+    for (i, batches) in batches.chunks_exact(accum).enumerate() {
+        let mut got = step::gradients(model, batches, None, &|| false).expect("not interrupted");
+        let (loss_tolerance, norm_tolerance) = if i == 0 {
+            check_gradients(&got.gradients, expected, figures);
+            (tolerance::LOSS, tolerance::GRADIENT)
+        } else {
+            (tolerance::TRAINING, tolerance::TRAINING)
+        };
+        let norm = step::clip(&mut got.gradients, hyper.number("/max_grad_norm"));
+        let rate = schedule.learning_rate(i);
+        let scaled = |got: f64, want: f64| (got - want).abs() / want.abs().max(1.0);
+        figures.check(
+            "loss",
+            &format!("loss[{i}]"),
+            scaled(got.loss, losses[i]),
+            loss_tolerance,
+        );
+        figures.check(
+            "norm",
+            &format!("grad_norm[{i}]"),
+            scaled(norm, norms[i]),
+            norm_tolerance,
+        );
+        figures.check(
+            "lr",
+            &format!("lr[{i}]"),
+            (rate - rates[i * groups]).abs(),
+            tolerance::LEARNING_RATE,
+        );
+        let tokens = (got.label_tokens as f64 - f64::from(counts[i])).abs();
+        figures.check("tokens", &format!("n_label_tokens[{i}]"), tokens, 0.0);
+        optimizer.step(model, got.gradients, rate);
+    }
+    Ok(())
+}
+
+fn check_gradients(gradients: &Gradients, expected: &Tensors, figures: &mut Figures) {
+    for (name, gradient) in gradients {
+        let (module, half) = name.rsplit_once(".lora_").expect("an adapter's tensor");
+        let key = format!(
+            "grad0.base_model.model.{module}.lora_{}.weight",
+            half.to_uppercase()
+        );
+        let off = distance(&to_vec(gradient.clone()), &expected.floats(&key));
+        figures.check("gradient", &key, off, tolerance::GRADIENT);
+    }
+    let wanted = expected
+        .file()
+        .names()
+        .iter()
+        .filter(|n| n.starts_with("grad0."))
+        .count();
+    let missing = wanted.abs_diff(gradients.len()) as f64;
+    figures.check("gradients missing", "number of gradients", missing, 0.0);
+}
+
+fn check_final(model: &mut CausalLm, case: &Path, figures: &mut Figures) -> Result<(), Verdict> {
+    let (_, want) = peft::read_adapter(&case.join("adapter_final")).map_err(failed)?;
+    let got: BTreeMap<String, LoraPair> = inject::extract(model).into_iter().collect();
+    let keys = |pairs: &BTreeMap<String, LoraPair>| pairs.keys().cloned().collect::<Vec<_>>();
+    if keys(&got) != keys(&want) {
+        return Err(failed("the trained modules differ"));
+    }
+    for (module, want) in &want {
+        let got = &got[module];
+        for (half, got, want) in [("A", &got.a, &want.a), ("B", &got.b, &want.b)] {
+            let want: Vec<f64> = want.iter().map(|&x| f64::from(x)).collect();
+            let name = format!("{module} {half}");
+            figures.check("adapter", &name, distance(got, &want), tolerance::ADAPTER);
+        }
+    }
+    Ok(())
+}
+
+/// PEFT's own final adapter, merged here, gives the logits of PEFT's merge.
+fn check_merge(
+    case: &Path,
+    base: &Path,
+    expected: &Tensors,
+    figures: &mut Figures,
+) -> Result<(), Verdict> {
+    let scratch = tempfile::tempdir().map_err(failed)?;
+    let out = scratch.path().join("merged");
+    let job = MergeJob {
+        base,
+        adapter: &case.join("adapter_final"),
+        out: &out,
+        dtype: None,
+        shard_size: 60_000,
+    };
+    merge(&job, &mut |_| {}).map_err(failed)?;
+    let merged = load(&out)?;
+    let off = distance(&probe(&merged, expected), &expected.floats("logits_merged"));
+    figures.check(
+        "merged logits",
+        "logits_merged",
+        off,
+        tolerance::TRAINED_LOGITS,
+    );
+    Ok(())
+}
+
+#[test]
+fn lora_equals_peft() {
+    run_all("lora", lora_case);
+}
