@@ -1,6 +1,6 @@
 //! Adapters and merged models go to disk, atomically.
 //!
-//! [`write`] makes files and directories appear whole or not at all, [`safetensors`] streams
+//! [`mod@write`] makes files and directories appear whole or not at all, [`safetensors`] streams
 //! tensors into one, [`peft`] writes an adapter as PEFT does, [`model`] a model as Hugging Face
 //! does with the files of [`sidecar`], and [`merged`] makes one of base and adapter.
 

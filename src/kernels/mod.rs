@@ -1,7 +1,7 @@
 //! The tensor operations that matter, one file each: a plain burn *reference* that defines the
 //! arithmetic on every device, a fused CPU kernel, and its backward.
 //!
-//! A public function such as [`rms_norm`] takes the fused kernel where the device has one (the CPU)
+//! A public function such as [`rms_norm()`] takes the fused kernel where the device has one (the CPU)
 //! and the reference everywhere else. Both are tested against each other, forward and gradients.
 //! All of them store and compute in f32.
 
@@ -30,24 +30,24 @@ pub use swiglu::swiglu;
 /// Fused operations, routed to the backend of their tensors. Shapes stand in each kernel's file.
 #[backend_extension(Flex, Autodiff)]
 pub trait Kernels: Backend {
-    /// See [`rms_norm`].
+    /// See [`rms_norm()`].
     fn fused_rms_norm(
         x: FloatTensor<Self>,
         weight: FloatTensor<Self>,
         eps: f32,
     ) -> FloatTensor<Self>;
 
-    /// See [`rope`].
+    /// See [`rope()`].
     fn fused_rope(
         x: FloatTensor<Self>,
         cos: FloatTensor<Self>,
         sin: FloatTensor<Self>,
     ) -> FloatTensor<Self>;
 
-    /// See [`swiglu`].
+    /// See [`swiglu()`].
     fn fused_swiglu(gate: FloatTensor<Self>, up: FloatTensor<Self>) -> FloatTensor<Self>;
 
-    /// See [`attention`].
+    /// See [`attention()`].
     fn fused_attention(
         q: FloatTensor<Self>,
         k: FloatTensor<Self>,
@@ -55,7 +55,7 @@ pub trait Kernels: Backend {
         heads: attention::Heads,
     ) -> FloatTensor<Self>;
 
-    /// See [`lora_linear`].
+    /// See [`lora_linear()`].
     fn fused_lora_linear(
         x: FloatTensor<Self>,
         weight: FloatTensor<Self>,
