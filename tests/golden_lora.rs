@@ -9,6 +9,7 @@ use lorafit::adapter::peft::{self, LoraPair};
 use lorafit::data::loader::Batch;
 use lorafit::device::to_vec;
 use lorafit::export::merged::{MergeJob, merge};
+use lorafit::export::model::SaveDtype;
 use lorafit::model::{CausalLm, Tokens, names};
 use lorafit::recipe::LrScheduler;
 use lorafit::train::optimizer::{AdamW, AdamWConfig};
@@ -262,7 +263,8 @@ fn check_merge(
         base,
         adapter: &case.join("adapter_final"),
         out: &out,
-        dtype: None,
+        // The reference merges in f32, whatever the base is stored in.
+        dtype: Some(SaveDtype::F32),
         shard_size: 60_000,
     };
     merge(&job, &mut |_| {}).map_err(failed)?;
