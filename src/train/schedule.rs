@@ -3,6 +3,21 @@
 use crate::recipe::{LrScheduler, TrainPlan};
 
 /// A learning-rate schedule over a known number of steps.
+///
+/// ```
+/// use lorafit::recipe::LrScheduler;
+/// use lorafit::train::schedule::Schedule;
+///
+/// let schedule = Schedule {
+///     peak: 2e-4,
+///     shape: LrScheduler::Linear,
+///     warmup_steps: 2,
+///     total_steps: 10,
+/// };
+/// assert_eq!(schedule.learning_rate(0), 0.0);
+/// assert_eq!(schedule.learning_rate(2), 2e-4);
+/// assert_eq!(schedule.learning_rate(6), 1e-4);
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Schedule {
     /// Peak learning rate.
