@@ -18,7 +18,7 @@ use lorafit::random::Stream;
 use lorafit::train::step::{self, StepGradients};
 use serde_json::Value;
 
-use crate::fixture::{Ran, Workspace, chat};
+use crate::fixture::{RECIPE, Ran, Workspace, chat};
 
 /// `|got - want| / max|want|` of losses and gradients of the same samples, split differently:
 /// the same f32 sums in another order, which moves them by about 1e-6.
@@ -430,4 +430,35 @@ fn learning_rates_are_the_recipes() {
             .all(|(got, want)| (got - want).abs() < 1e-15),
         "{cosine:?}"
     );
+}
+
+#[test]
+fn training_goes_on_from_an_adapter() {
+    let workspace = Workspace::new();
+    workspace.run(&["train", "recipe.yaml"]).exits(0);
+    // An adapter made here; PEFT's own come in through the same files (the goldens train from them).
+    let again = RECIPE
+        .replace("  rank: 4\n  alpha: 8\n", "  init_from: run/adapter\n")
+        .replace("output_dir: run", "output_dir: again");
+    workspace.write("again.yaml", &again);
+    // The first step of a warm-up has learning rate 0: the adapter must come out as it went in.
+    let still = [
+        "--set",
+        "train.max_steps=1",
+        "--set",
+        "train.warmup_steps=1",
+    ];
+    let args = [&["train", "again.yaml"], &still[..]].concat();
+    workspace.run(&args).exits(0);
+    let weights = |run: &str| {
+        let file = workspace
+            .path(run)
+            .join("adapter/adapter_model.safetensors");
+        fs::read(file).unwrap()
+    };
+    assert_eq!(weights("run"), weights("again"));
+    // And it trains: with a learning rate it moves.
+    let args = ["train", "again.yaml", "--out", "moved"];
+    workspace.run(&args).exits(0);
+    assert_ne!(weights("run"), weights("moved"));
 }
