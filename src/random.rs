@@ -19,15 +19,13 @@ impl Stream {
     /// A stream of its own for each `index`, independent of this one.
     pub fn split(self, index: u64) -> Self {
         Self {
-            key: mix(self.key ^ mix(index.wrapping_add(0x9E37_79B9_7F4A_7C15))),
+            key: mix(self.key ^ mix(index.wrapping_add(GOLDEN_GAMMA))),
         }
     }
 
     /// 64 random bits.
     pub fn bits(self, index: u64) -> u64 {
-        mix(self
-            .key
-            .wrapping_add(index.wrapping_mul(0x9E37_79B9_7F4A_7C15)))
+        mix(self.key.wrapping_add(index.wrapping_mul(GOLDEN_GAMMA)))
     }
 
     /// Uniform in `[0, 1)`.
@@ -42,12 +40,19 @@ impl Stream {
     }
 }
 
-/// SplitMix64's output function.
+/// SplitMix64's increment, 2⁶⁴ / golden ratio.
+pub(crate) const GOLDEN_GAMMA: u64 = 0x9E37_79B9_7F4A_7C15;
+
+/// SplitMix64's next output after state `x`.
 fn mix(x: u64) -> u64 {
-    let x = x.wrapping_add(0x9E37_79B9_7F4A_7C15);
-    let x = (x ^ (x >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-    let x = (x ^ (x >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-    x ^ (x >> 31)
+    finalize(x.wrapping_add(GOLDEN_GAMMA))
+}
+
+/// SplitMix64's finalizer, a bijection that scatters close numbers.
+pub(crate) fn finalize(z: u64) -> u64 {
+    let z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+    let z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+    z ^ (z >> 31)
 }
 
 #[cfg(test)]

@@ -5,15 +5,14 @@
 //! `SplittableRandom`); bounded numbers from the high half of a 128-bit product with rejection
 //! (Lemire 2019), so that every order is equally likely.
 
-/// SplitMix64's increment, 2⁶⁴ / golden ratio.
-const GOLDEN_GAMMA: u64 = 0x9e37_79b9_7f4a_7c15;
+use crate::random::{GOLDEN_GAMMA, finalize};
 
 /// The stream that splits off validation rows; epochs count from 0 and never reach it.
 pub(super) const SPLIT_STREAM: u64 = u64::MAX;
 
 /// A random permutation of `0..count`, determined by seed and stream (the epoch).
 pub fn permutation(count: usize, seed: u64, stream: u64) -> Vec<usize> {
-    let mut random = SplitMix64(mix(seed) ^ mix(stream.wrapping_add(GOLDEN_GAMMA)));
+    let mut random = SplitMix64(finalize(seed) ^ finalize(stream.wrapping_add(GOLDEN_GAMMA)));
     let mut order: Vec<usize> = (0..count).collect();
     for i in (1..count).rev() {
         order.swap(i, random.below(i + 1));
@@ -26,7 +25,7 @@ struct SplitMix64(u64);
 impl SplitMix64 {
     fn next(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(GOLDEN_GAMMA);
-        mix(self.0)
+        finalize(self.0)
     }
 
     /// A number in `0..bound`, `bound > 0`.
@@ -40,13 +39,6 @@ impl SplitMix64 {
             }
         }
     }
-}
-
-/// SplitMix64's finalizer, a bijection that scatters close numbers.
-fn mix(mut z: u64) -> u64 {
-    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    z ^ (z >> 31)
 }
 
 #[cfg(test)]

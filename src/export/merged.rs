@@ -13,7 +13,7 @@ use serde_json::Value;
 
 use super::model::{SaveDtype, Written, with_dtype, write_json, write_weights};
 use super::safetensors::TensorInfo;
-use super::sidecar::{copy_notices, copy_tokenizer, has_tokenizer};
+use super::sidecar::{copy_notices, copy_tokenizer, directory, has_tokenizer, read_config};
 use super::write::{PartialDir, WriteError, is_taken};
 use crate::adapter::merge::{DeltaSize, merge_into};
 use crate::adapter::peft::{AdapterConfig, LoraPair, PeftError, fit, read_adapter};
@@ -262,15 +262,15 @@ fn write_sidecars(
     to: &Path,
 ) -> Result<Option<PathBuf>, MergeError> {
     let from_gguf = weights.gguf().is_some();
-    let base_dir = match job.base.parent() {
-        Some(parent) if job.base.is_file() => parent,
-        _ => job.base,
-    };
+    let base_dir = directory(job.base);
     let config_json = if from_gguf {
         config.to_hf_json(job.dtype.unwrap_or(SaveDtype::Bf16).torch_name(), job.base)?
     } else {
         copy_notices(base_dir, to)?;
-        base_config(base_dir, job.dtype)?
+        match job.dtype {
+            Some(dtype) => with_dtype(&read_config(base_dir)?, dtype),
+            None => read_config(base_dir)?,
+        }
     };
     write_json(&to.join("config.json"), &config_json)?;
     // An adapter's own tokenizer carries the chat template that it was trained with.
@@ -289,18 +289,6 @@ fn write_sidecars(
         let copied = copy_tokenizer(base_dir, to)?;
         Ok((!copied.is_empty()).then(|| base_dir.to_owned()))
     }
-}
-
-/// The base's `config.json` as it is, apart from the type.
-fn base_config(dir: &Path, dtype: Option<SaveDtype>) -> Result<Value, MergeError> {
-    let path = dir.join("config.json");
-    let text = std::fs::read_to_string(&path).map_err(|e| WriteError::io("read", &path, e))?;
-    let config: Value = serde_json::from_str(&text)
-        .map_err(|e| WriteError::io("read", &path, std::io::Error::from(e)))?;
-    Ok(match dtype {
-        Some(dtype) => with_dtype(&config, dtype),
-        None => config,
-    })
 }
 
 /// Reads the base's tensors and adds the deltas.

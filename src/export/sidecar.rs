@@ -3,6 +3,8 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use serde_json::Value;
+
 use super::write::WriteError;
 
 /// Files that hold a vocabulary; a directory with one of them has a tokenizer of its own.
@@ -38,6 +40,24 @@ pub fn has_tokenizer(dir: &Path) -> bool {
 pub fn copy_tokenizer(from: &Path, to: &Path) -> Result<Vec<PathBuf>, WriteError> {
     let names = VOCABULARIES.iter().chain(&TOKENIZER_PARTS);
     copy(from, to, names.map(|name| (*name).to_owned()))
+}
+
+/// Where a model's small files are: the model's directory, or that of its one weight file.
+pub fn directory(model: &Path) -> &Path {
+    match model.parent() {
+        Some(parent) if model.is_file() => parent,
+        _ => model,
+    }
+}
+
+/// A model directory's `config.json` as it is.
+///
+/// # Errors
+/// It cannot be read, or is not JSON.
+pub fn read_config(dir: &Path) -> Result<Value, WriteError> {
+    let path = dir.join("config.json");
+    let text = fs::read_to_string(&path).map_err(|e| WriteError::io("read", &path, e))?;
+    serde_json::from_str(&text).map_err(|e| WriteError::io("read", &path, e.into()))
 }
 
 /// Copies `generation_config.json` and licence files.

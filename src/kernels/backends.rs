@@ -58,8 +58,9 @@ impl KernelGradients for Flex {
         weight: FlexTensor,
         grad: FlexTensor,
         eps: f32,
-    ) -> (FlexTensor, FlexTensor) {
-        rms_norm::backward(x, weight, grad, eps)
+        wants_weight: bool,
+    ) -> (FlexTensor, Option<FlexTensor>) {
+        rms_norm::backward(x, weight, grad, eps, wants_weight)
     }
 
     fn rope_backward(grad: FlexTensor, cos: FlexTensor, sin: FlexTensor) -> FlexTensor {

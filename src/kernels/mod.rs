@@ -74,13 +74,14 @@ pub trait Kernels: Backend {
 
 /// What the backward passes of [`Kernels`] need from a plain (not autodiff) backend.
 pub trait KernelGradients: Kernels {
-    /// Gradients of x `[N, D]` and weight `[D]`.
+    /// Gradients of x `[N, D]` and weight `[D]` (when wanted).
     fn rms_norm_backward(
         x: FloatTensor<Self>,
         weight: FloatTensor<Self>,
         grad: FloatTensor<Self>,
         eps: f32,
-    ) -> (FloatTensor<Self>, FloatTensor<Self>);
+        wants_weight: bool,
+    ) -> (FloatTensor<Self>, Option<FloatTensor<Self>>);
 
     /// Rotation by the negative angle.
     fn rope_backward(

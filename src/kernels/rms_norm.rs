@@ -78,7 +78,8 @@ pub(super) fn backward(
     weight: FlexTensor,
     grad: FlexTensor,
     eps: f32,
-) -> (FlexTensor, FlexTensor) {
+    wants_weight: bool,
+) -> (FlexTensor, Option<FlexTensor>) {
     let [n, d] = x.layout().shape().dims();
     let (x, weight, grad) = (
         flex::contiguous(x),
@@ -98,7 +99,7 @@ pub(super) fn backward(
         .zip(input.par_chunks(task))
         .zip(g.par_chunks(task))
         .map(|((dx, input), g)| {
-            let mut dw = vec![0f32; d];
+            let mut dw = vec![0f32; if wants_weight { d } else { 0 }];
             flex::vectorised(
                 #[inline(always)]
                 || {
@@ -111,23 +112,29 @@ pub(super) fn backward(
             dw
         })
         .collect();
-    let mut dw = vec![0f32; d];
-    for share in shares {
-        for (total, part) in dw.iter_mut().zip(share) {
-            *total += part;
+    let dw = wants_weight.then(|| {
+        let mut dw = vec![0f32; d];
+        for share in shares {
+            for (total, part) in dw.iter_mut().zip(share) {
+                *total += part;
+            }
         }
-    }
-    (flex::tensor(dx, [n, d]), flex::tensor(dw, [d]))
+        flex::tensor(dw, [d])
+    });
+    (flex::tensor(dx, [n, d]), dw)
 }
 
-/// `dx = r (g w - x r² mean(g w x))`, `dw += g x r`, with `r` the inverse root mean square.
+/// `dx = r (g w - x r² mean(g w x))`, `dw += g x r` unless it is empty, with `r` the inverse root
+/// mean square.
 #[inline(always)]
 fn backward_row(dx: &mut [f32], dw: &mut [f32], (x, w, g): (&[f32], &[f32], &[f32]), eps: f32) {
     let r = inverse_rms(x, eps);
     let mut dot = 0f32;
-    for (i, dx) in dx.iter_mut().enumerate() {
-        *dx = g[i] * w[i];
-        dw[i] += g[i] * x[i] * r;
+    for ((dx, g), w) in dx.iter_mut().zip(g).zip(w) {
+        *dx = g * w;
+    }
+    for ((dw, g), x) in dw.iter_mut().zip(g).zip(x) {
+        *dw += g * x * r;
     }
     let mut lanes = [0f32; 16];
     let (gw, gw_rest) = dx.as_chunks::<16>();
@@ -157,11 +164,11 @@ impl<B: KernelGradients> Backward<B, 2> for RmsNormBackward {
         let [x_node, weight_node] = ops.parents;
         let grad = grads.consume::<B>(&ops.node);
         let (x, weight, eps) = ops.state;
-        let (dx, dw) = B::rms_norm_backward(x, weight, grad, eps);
+        let (dx, dw) = B::rms_norm_backward(x, weight, grad, eps, weight_node.is_some());
         if let Some(node) = x_node {
             grads.register::<B>(node.id, dx);
         }
-        if let Some(node) = weight_node {
+        if let (Some(node), Some(dw)) = (weight_node, dw) {
             grads.register::<B>(node.id, dw);
         }
     }

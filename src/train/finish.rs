@@ -9,12 +9,14 @@ use serde_json::Value;
 use super::prepare::Prepared;
 use crate::adapter::inject;
 use crate::device::to_vec;
-use crate::export::model::{DEFAULT_SHARD_SIZE, SaveDtype, write_json, write_model};
+use crate::export::model::{DEFAULT_SHARD_SIZE, SaveDtype, write_model};
 use crate::export::peft::{ModelCard, WriteAdapterError, write_adapter};
+use crate::export::sidecar::{copy_notices, directory, read_config};
 use crate::export::write::{PartialDir, WriteError};
 use crate::model::CausalLm;
 use crate::model::config::ConfigError;
-use crate::model::weights::Dtype;
+use crate::model::weights::{Dtype, Weights};
+use crate::quant::gguf::GgufFile;
 use crate::recipe::resolve;
 
 /// Why a result could not be written.
@@ -85,7 +87,10 @@ fn write_whole_model(run: &Prepared, model: &mut CausalLm, dir: &Path) -> Result
         DEFAULT_SHARD_SIZE,
         |name| Ok::<_, WriteError>(values.get(name).cloned().map(to_vec).unwrap_or_default()),
     )?;
-    copy_generation_config(run, partial.path())?;
+    // What lies beside a GGUF file need not be the model's.
+    if gguf(run).is_none() {
+        copy_notices(directory(&run.base), partial.path())?;
+    }
     let saved = run.tokenizer.save(partial.path());
     saved.map_err(|error| FinishError::Tokenizer(error.into()))?;
     Ok(partial.publish_replacing()?)
@@ -93,13 +98,15 @@ fn write_whole_model(run: &Prepared, model: &mut CausalLm, dir: &Path) -> Result
 
 /// The base's `config.json` as it is, or made from GGUF metadata.
 fn base_config(run: &Prepared) -> Result<Value, FinishError> {
-    let path = run.base.join("config.json");
-    match std::fs::read_to_string(&path) {
-        Ok(text) => {
-            serde_json::from_str(&text).map_err(|e| WriteError::io("read", &path, e.into()).into())
-        }
-        Err(_) => Ok(run.config.to_hf_json("bfloat16", &run.base)?),
+    match gguf(run) {
+        Some(file) => Ok(run.config.to_hf_json("bfloat16", file.path())?),
+        None => Ok(read_config(directory(&run.base))?),
     }
+}
+
+/// The base, if it is a GGUF file.
+fn gguf(run: &Prepared) -> Option<&GgufFile> {
+    run.weights.as_ref().and_then(Weights::gguf)
 }
 
 /// The number format of the base: of its weights, else what its configuration says.
@@ -119,17 +126,5 @@ fn stored_dtype(run: &Prepared, config: &Value) -> SaveDtype {
         Some("bfloat16") => SaveDtype::Bf16,
         Some("float16") => SaveDtype::F16,
         _ => SaveDtype::F32,
-    }
-}
-
-fn copy_generation_config(run: &Prepared, to: &Path) -> Result<(), WriteError> {
-    const NAME: &str = "generation_config.json";
-    let from = run.base.join(NAME);
-    let Ok(text) = std::fs::read_to_string(&from) else {
-        return Ok(()); // GGUF files and some models have none
-    };
-    match serde_json::from_str(&text) {
-        Ok(json) => write_json(&to.join(NAME), &json),
-        Err(_) => Ok(()),
     }
 }
