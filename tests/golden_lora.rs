@@ -6,7 +6,7 @@ use std::path::Path;
 use lorafit::adapter::config::{AdapterConfig, AdapterConfigError};
 use lorafit::adapter::inject::{self, Init};
 use lorafit::adapter::peft::{self, LoraPair};
-use lorafit::data::loader::Batch;
+use lorafit::data::batch::Batch;
 use lorafit::device::to_vec;
 use lorafit::export::merged::{MergeJob, merge};
 use lorafit::export::model::SaveDtype;
@@ -19,7 +19,7 @@ use serde_json::Value;
 
 use crate::reference::{
     Case, Figures, Tensors, Verdict, distance, failed, flat, load, not_yet, reference, run_all,
-    tolerance,
+    tolerance, unpacked,
 };
 
 /// Reads an adapter; what it asks for beyond plain LoRA on linear layers is not supported yet.
@@ -138,6 +138,7 @@ fn probe(model: &CausalLm, expected: &Tensors) -> Vec<f32> {
         ids: &ids,
         batch: expected.shape("probe_input_ids")[0],
         positions: None,
+        segments: None,
     };
     flat(
         model
@@ -163,13 +164,7 @@ fn train(
     let batches: Vec<Batch> = (0..all)
         .map(|i| {
             let rows = i * batch * tokens..(i + 1) * batch * tokens;
-            Batch {
-                batch,
-                tokens,
-                input_ids: ids[rows.clone()].to_vec(),
-                labels: labels[rows].to_vec(),
-                lengths: vec![tokens; batch],
-            }
+            unpacked(ids[rows.clone()].to_vec(), labels[rows].to_vec(), tokens)
         })
         .collect();
     let (losses, norms) = (expected.floats("loss"), expected.floats("grad_norm"));

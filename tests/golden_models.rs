@@ -4,7 +4,6 @@ use std::path::Path;
 use std::sync::Arc;
 
 use burn::tensor::Device;
-use lorafit::data::loader::Batch;
 use lorafit::device::scalar;
 use lorafit::infer::{Sampling, generate};
 use lorafit::model::config::ModelConfig;
@@ -12,17 +11,12 @@ use lorafit::model::weights::Weights;
 use lorafit::model::{CausalLm, Tokens};
 use lorafit::train::step;
 
-use crate::reference::{Case, Figures, Tensors, distance, failed, flat, load, run_all, tolerance};
+use crate::reference::{
+    Case, Figures, Tensors, distance, failed, flat, load, run_all, tolerance, unpacked,
+};
 
 fn shifted(labels: &[i32], tokens: usize) -> Arc<[i32]> {
-    let batch = Batch {
-        batch: labels.len() / tokens,
-        tokens,
-        input_ids: labels.to_vec(),
-        labels: labels.to_vec(),
-        lengths: Vec::new(),
-    };
-    step::targets(&batch)
+    step::targets(&unpacked(labels.to_vec(), labels.to_vec(), tokens))
 }
 
 fn model_case(dir: &Path) -> Case {
@@ -56,6 +50,7 @@ fn check_forward(model: &CausalLm, expected: &Tensors, figures: &mut Figures) {
         ids: &ids,
         batch,
         positions: Some(&positions),
+        segments: None,
     };
     let embedded = model.embed(input).autodiff().require_grad();
     let hidden = model.body(embedded.clone(), input, None, None);

@@ -151,6 +151,7 @@ fn logits(model: &CausalLm, ids: &[i32]) -> Vec<f32> {
         ids,
         batch: 1,
         positions: None,
+        segments: None,
     };
     let logits = model.logits(model.hidden(tokens, None, None));
     let n = logits.shape().num_elements();

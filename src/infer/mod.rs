@@ -69,6 +69,7 @@ fn next_logits(model: &CausalLm, ids: &[i32], cache: &mut KvCache) -> Vec<f32> {
         ids,
         batch: 1,
         positions: None,
+        segments: None,
     };
     let hidden: Tensor<2> = model.hidden(tokens, Some(cache), None); // [T, D]
     let last = hidden.narrow(0, ids.len() - 1, 1); // [1, D]

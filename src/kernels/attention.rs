@@ -1,26 +1,26 @@
-//! Causal grouped-query attention: `softmax(scale · q kᵀ + causal mask) v`.
+//! Causal grouped-query attention over segments: in each, `softmax(scale · q kᵀ + causal mask) v`.
 //!
-//! The fused kernel works through blocks of queries and only the keys they may see, so that no
-//! `[T, T]` matrix is ever held; the backward pass computes the probabilities again from the
-//! log-sum-exp of each row (FlashAttention-2, arXiv 2307.08691).
+//! The fused kernel works through blocks of queries and only the keys of their segment that they
+//! may see, so that no `[T, T]` matrix is ever held and packed samples cost no more than apart; the
+//! backward pass computes the probabilities again from the log-sum-exp of each row
+//! (FlashAttention-2, arXiv 2307.08691).
 
 use burn::backend::autodiff::checkpoint::{base::Checkpointer, strategy::CheckpointStrategy};
 use burn::backend::autodiff::grads::Gradients;
 use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{Autodiff, Backend, Dispatch};
-use burn::tensor::{Tensor, activation};
+use burn::tensor::{Bool, Device, Int, Tensor, TensorData, activation};
 use burn_flex::FlexTensor;
 use rayon::prelude::*;
 
 use super::flex::{Matrix, Shared, Store};
+use super::segments::{QueryBlock, Segments, balanced};
 use super::{KernelGradients, Kernels, flex, is_cpu};
 
 /// How the columns of q, k and v divide into heads.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Heads {
-    /// B, samples that lie one after the other in the rows.
-    pub batch: usize,
     /// H, query heads.
     pub heads: usize,
     /// K, key and value heads; divides H. Query head h reads key head `h / (H / K)`.
@@ -29,6 +29,18 @@ pub struct Heads {
     pub head_dim: usize,
     /// Factor of the scores.
     pub scale: f32,
+}
+
+impl Heads {
+    /// Columns of q: H · Dh.
+    fn q_width(&self) -> usize {
+        self.heads * self.head_dim
+    }
+
+    /// Columns of k and of v: K · Dh.
+    fn kv_width(&self) -> usize {
+        self.kv_heads * self.head_dim
+    }
 }
 
 /// What the backward pass needs.
@@ -40,37 +52,52 @@ pub struct Saved<B: Backend> {
     out: FloatTensor<B>,
     lse: FloatTensor<B>,
     heads: Heads,
+    segments: Segments,
 }
 
-/// Causal attention in which query t of a sample sees its keys `0 ..= t + S - T`.
+/// Causal attention in which a query sees itself and the earlier keys of its own segment.
 ///
-/// With a KV cache S exceeds T and the queries are the last T positions. Padding on the right of
-/// a sample needs no mask: no earlier position sees it.
+/// With a KV cache there are more keys than queries: a segment of T queries has S keys, and query t
+/// of it sees its keys `0 ..= t + S - T`; rows are not packed then.
 ///
 /// # Shapes
-/// q `[B · T, H · Dh]`, k and v `[B · S, K · Dh]` → `[B · T, H · Dh]`
-pub fn attention(q: Tensor<2>, k: Tensor<2>, v: Tensor<2>, heads: Heads) -> Tensor<2> {
+/// q `[N, H · Dh]`, k and v `[N, K · Dh]` (`[B · S, K · Dh]` with a cache) → `[N, H · Dh]`,
+/// where N = B · T rows divide into `segments`
+pub fn attention(
+    q: Tensor<2>,
+    k: Tensor<2>,
+    v: Tensor<2>,
+    heads: Heads,
+    segments: &Segments,
+) -> Tensor<2> {
     if is_cpu(&q.device()) {
         Tensor::from_dispatch(Dispatch::fused_attention(
             q.into_dispatch(),
             k.into_dispatch(),
             v.into_dispatch(),
             heads,
+            segments.clone(),
         ))
     } else {
-        reference(q, k, v, heads)
+        reference(q, k, v, heads, segments)
     }
 }
 
 /// [`attention`] from plain tensor operations; holds `[B, H, T, S]` scores.
-pub fn reference(q: Tensor<2>, k: Tensor<2>, v: Tensor<2>, heads: Heads) -> Tensor<2> {
+pub fn reference(
+    q: Tensor<2>,
+    k: Tensor<2>,
+    v: Tensor<2>,
+    heads: Heads,
+    segments: &Segments,
+) -> Tensor<2> {
     let Heads {
-        batch: b,
         heads: h,
         kv_heads,
         head_dim: d,
         scale,
     } = heads;
+    let b = segments.batch();
     let (t, s) = (q.dims()[0] / b, k.dims()[0] / b);
     let group = h / kv_heads;
     // [B·T, H·Dh] → [B, K, G, T, Dh] → [B·K, G·T, Dh]: the queries of a group share their keys.
@@ -85,16 +112,8 @@ pub fn reference(q: Tensor<2>, k: Tensor<2>, v: Tensor<2>, heads: Heads) -> Tens
     };
     let (k, v) = (split(k), split(v));
     let scores = q.matmul(k.swap_dims(1, 2)).mul_scalar(scale); // [B·K, G·T, S]
-    let scores = scores.reshape([b * kv_heads, group, t, s]);
-    let device = scores.device();
-    let query = Tensor::<1, burn::tensor::Int>::arange(0..t as i64, &device).reshape([t, 1]);
-    let key = Tensor::<1, burn::tensor::Int>::arange(0..s as i64, &device).reshape([1, s]);
-    let hidden = key
-        .expand([t, s])
-        .greater(query.add_scalar((s - t) as i64).expand([t, s]));
-    let hidden = hidden
-        .reshape([1, 1, t, s])
-        .expand([b * kv_heads, group, t, s]);
+    let scores = scores.reshape([b, h, t, s]);
+    let hidden = hidden_keys(segments, (t, s), &scores.device()).expand([b, h, t, s]);
     // Finite instead of -inf: some devices turn inf - inf into NaN in the backward pass.
     let scores = scores.mask_fill(hidden, -1e30);
     let out = activation::softmax(scores, 3)
@@ -105,33 +124,51 @@ pub fn reference(q: Tensor<2>, k: Tensor<2>, v: Tensor<2>, heads: Heads) -> Tens
         .reshape([b * t, h * d])
 }
 
+/// Which keys each query must not see: later ones and, in packed rows, those of other segments.
+///
+/// # Shapes
+/// `[1, 1, T, S]`, or `[B, 1, T, T]` where rows are packed
+fn hidden_keys(segments: &Segments, (t, s): (usize, usize), device: &Device) -> Tensor<4, Bool> {
+    let query = Tensor::<1, Int>::arange(0..t as i64, device).reshape([t, 1]);
+    let key = Tensor::<1, Int>::arange(0..s as i64, device).reshape([1, s]);
+    let later = key
+        .expand([t, s])
+        .greater(query.add_scalar((s - t) as i64).expand([t, s]));
+    if !segments.is_packed() {
+        return later.reshape([1, 1, t, s]);
+    }
+    let b = segments.batch();
+    let ids = Tensor::<1, Int>::from_data(TensorData::new(segments.ids(), [b * t]), device);
+    let query = ids.clone().reshape([b, 1, t, 1]).expand([b, 1, t, t]);
+    let key = ids.reshape([b, 1, 1, t]).expand([b, 1, t, t]);
+    let later = later.reshape([1, 1, t, t]).expand([b, 1, t, t]);
+    query.not_equal(key).bool_or(later)
+}
+
 /// Queries in one block: the scores of a block against 4,096 keys are 1 MiB.
 const BLOCK: usize = 64;
 
-/// Sizes of one call, with the row widths of q and of k and v.
-#[derive(Clone, Copy)]
-struct Sizes {
-    t: usize,
-    s: usize,
-    q_width: usize,
-    kv_width: usize,
-}
+/// Parts that the work is cut into, by thread: enough to even out what each part takes.
+const PARTS_BY_THREAD: usize = 8;
 
-impl Sizes {
-    fn new(q: &FlexTensor, k: &FlexTensor, heads: Heads) -> Self {
-        let rows = |x: &FlexTensor| x.layout().shape().dims::<2>()[0] / heads.batch.max(1);
-        Self {
-            t: rows(q),
-            s: rows(k),
-            q_width: heads.heads * heads.head_dim,
-            kv_width: heads.kv_heads * heads.head_dim,
-        }
-    }
-
-    /// Keys that query `i` sees.
-    fn visible(&self, i: usize) -> usize {
-        i + 1 + self.s - self.t
-    }
+/// Calls `run` for each of `costs` with each of `heads` on all threads, in parts of about equal
+/// cost; each part has a scratch memory and takes one head.
+fn share_out<S: Default>(
+    costs: impl IntoIterator<Item = usize>,
+    heads: usize,
+    run: impl Fn(&mut S, usize, usize) + Sync,
+) {
+    let parts = PARTS_BY_THREAD * rayon::current_num_threads();
+    let runs = balanced(costs, parts.div_ceil(heads.max(1)));
+    (0..runs.len() * heads)
+        .into_par_iter()
+        .with_max_len(1)
+        .for_each(|part| {
+            let mut scratch = S::default();
+            for task in runs[part / heads].clone() {
+                run(&mut scratch, task, part % heads);
+            }
+        });
 }
 
 /// Columns of head `head` of the rows from `row` on.
@@ -149,75 +186,90 @@ fn head_of<'a>(
     )
 }
 
+fn rows(x: &FlexTensor) -> usize {
+    x.layout().shape().dims::<2>()[0]
+}
+
+/// Output, and the log-sum-exp of each query's scores, `[H, N]`.
 pub(super) fn forward(
     q: FlexTensor,
     k: FlexTensor,
     v: FlexTensor,
     heads: Heads,
+    segments: &Segments,
 ) -> (FlexTensor, FlexTensor) {
-    let (q, k, v) = (
-        flex::contiguous(q),
-        flex::contiguous(k),
-        flex::contiguous(v),
-    );
-    let sizes = Sizes::new(&q, &k, heads);
-    let Sizes { t, s, q_width, .. } = sizes;
-    let mut out = vec![0f32; heads.batch * t * q_width];
-    let mut lse = vec![0f32; heads.batch * heads.heads * t];
-    let (out_ptr, lse_ptr) = (Shared::new(&mut out), Shared::new(&mut lse));
-    let (q, k, v) = (flex::elements(&q), flex::elements(&k), flex::elements(&v));
-    let blocks = t.div_ceil(BLOCK);
-    let group = heads.heads / heads.kv_heads;
-    (0..heads.batch * heads.heads * blocks)
-        .into_par_iter()
-        .for_each_init(Vec::new, |scores, task| {
-            let (block, head) = (task % blocks, task / blocks % heads.heads);
-            let sample = task / blocks / heads.heads;
-            let first = block * BLOCK;
-            let rows = BLOCK.min(t - first);
-            let seen = sizes.visible(first + rows - 1);
-            scores.clear();
-            scores.resize(rows * seen, 0f32);
-            let kv_head = (head / group, heads.head_dim);
-            let keys = head_of(k, (sample * s, seen), sizes.kv_width, kv_head);
-            let values = head_of(v, (sample * s, seen), sizes.kv_width, kv_head);
-            let place = (sample * t + first) * q_width + head * heads.head_dim;
-            let queries = Matrix::strided(&q[place..], rows, heads.head_dim, q_width);
-            let one = gemm::Parallelism::None;
-            flex::matmul(
-                scores,
-                seen,
-                Store::Set,
-                heads.scale,
-                (queries, keys.t()),
-                one,
-            );
-            let lse_at = (sample * heads.heads + head) * t + first;
-            for (i, row) in scores.chunks_exact_mut(seen).enumerate() {
-                let visible = sizes.visible(first + i);
-                let value = flex::vectorised(
-                    #[inline(always)]
-                    || softmax_row(row, visible),
-                );
-                // SAFETY: each task owns the rows of its block and head.
-                unsafe { *lse_ptr.at(lse_at + i) = value };
-            }
-            // SAFETY: as above; the rows of a block and head are written by this task alone.
-            unsafe {
-                flex::matmul_raw(
-                    out_ptr.at(place),
-                    q_width,
-                    Store::Set,
-                    1.0,
-                    (Matrix::new(scores, rows, seen), values),
-                    one,
-                )
-            };
-        });
+    let n = segments.tokens();
+    assert_eq!(rows(&q), n, "queries of {segments:?}");
+    let past = segments.past(rows(&k));
+    let [q, k, v] = [q, k, v].map(flex::contiguous);
+    let (mut out, mut lse) = (vec![0f32; n * heads.q_width()], vec![0f32; heads.heads * n]);
+    let pass = ForwardPass {
+        heads,
+        n,
+        q: flex::elements(&q),
+        k: flex::elements(&k),
+        v: flex::elements(&v),
+        out: Shared::new(&mut out),
+        lse: Shared::new(&mut lse),
+    };
+    let blocks: Vec<QueryBlock> = segments.blocks(BLOCK, past).flatten().collect();
+    let costs = blocks.iter().map(QueryBlock::cost);
+    share_out(costs, heads.heads, |scores, i, head| {
+        pass.block(scores, blocks[i], head)
+    });
     (
-        flex::tensor(out, [heads.batch * t, q_width]),
-        flex::tensor(lse, [heads.batch, heads.heads, t]),
+        flex::tensor(out, [n, heads.q_width()]),
+        flex::tensor(lse, [heads.heads, n]),
     )
+}
+
+/// Everything one forward pass reads and writes.
+struct ForwardPass<'a> {
+    heads: Heads,
+    n: usize,
+    q: &'a [f32],
+    k: &'a [f32],
+    v: &'a [f32],
+    out: Shared,
+    lse: Shared,
+}
+
+impl ForwardPass<'_> {
+    /// One block of queries of one head.
+    fn block(&self, scores: &mut Vec<f32>, block: QueryBlock, head: usize) {
+        let (heads, width) = (self.heads, self.heads.q_width());
+        let (d, seen) = (heads.head_dim, block.keys());
+        scores.clear();
+        scores.resize(block.queries * seen, 0f32);
+        let kv_head = (head / (heads.heads / heads.kv_heads), d);
+        let keys = head_of(self.k, (block.key, seen), heads.kv_width(), kv_head);
+        let values = head_of(self.v, (block.key, seen), heads.kv_width(), kv_head);
+        let queries = head_of(self.q, (block.query, block.queries), width, (head, d));
+        let one = gemm::Parallelism::None;
+        flex::matmul(
+            scores,
+            seen,
+            Store::Set,
+            heads.scale,
+            (queries, keys.t()),
+            one,
+        );
+        let lse_at = head * self.n + block.query;
+        for (i, row) in scores.chunks_exact_mut(seen).enumerate() {
+            let value = flex::vectorised(
+                #[inline(always)]
+                || softmax_row(row, block.visible(i)),
+            );
+            // SAFETY: each task owns the rows of its block and head.
+            unsafe { *self.lse.at(lse_at + i) = value };
+        }
+        let probs = Matrix::new(scores, block.queries, seen);
+        // SAFETY: as above; the rows of a block and head are written by this task alone.
+        unsafe {
+            let out = self.out.at(block.query * width + head * d);
+            flex::matmul_raw(out, width, Store::Set, 1.0, (probs, values), one)
+        };
+    }
 }
 
 /// Turns the first `visible` scores into probabilities, the rest into 0; returns their log-sum-exp.
@@ -265,23 +317,22 @@ pub(super) fn total(values: &[f32]) -> f32 {
     lanes.iter().sum::<f32>() + rest.iter().sum::<f32>()
 }
 
-/// Gradients of q, k and v: one task a sample and key head, so that no two tasks add to one row.
+/// Gradients of q, k and v: one task a segment and key head, so that no two tasks add to one row.
 pub(super) fn backward(
     saved: Saved<burn_flex::Flex>,
     grad: FlexTensor,
 ) -> (FlexTensor, FlexTensor, FlexTensor) {
-    let heads = saved.heads;
-    let sizes = Sizes::new(&saved.q, &saved.k, heads);
+    let (heads, segments) = (saved.heads, saved.segments);
+    let (n, keys) = (segments.tokens(), rows(&saved.k));
+    let past = segments.past(keys);
     let [q, k, v, out, lse, grad] =
         [saved.q, saved.k, saved.v, saved.out, saved.lse, grad].map(flex::contiguous);
-    let (q_len, kv_len) = (
-        heads.batch * sizes.t * sizes.q_width,
-        heads.batch * sizes.s * sizes.kv_width,
-    );
-    let (mut dq, mut dk, mut dv) = (vec![0f32; q_len], vec![0f32; kv_len], vec![0f32; kv_len]);
+    let (q_width, kv_width) = (heads.q_width(), heads.kv_width());
+    let mut dq = vec![0f32; n * q_width];
+    let (mut dk, mut dv) = (vec![0f32; keys * kv_width], vec![0f32; keys * kv_width]);
     let pass = BackwardPass {
         heads,
-        sizes,
+        n,
         q: flex::elements(&q),
         k: flex::elements(&k),
         v: flex::elements(&v),
@@ -292,29 +343,29 @@ pub(super) fn backward(
         dk: Shared::new(&mut dk),
         dv: Shared::new(&mut dv),
     };
-    (0..heads.batch * heads.kv_heads)
-        .into_par_iter()
-        .for_each_init(Default::default, |scratch, task| {
-            let (sample, kv_head) = (task / heads.kv_heads, task % heads.kv_heads);
-            let group = heads.heads / heads.kv_heads;
-            for head in kv_head * group..(kv_head + 1) * group {
-                for first in (0..sizes.t).step_by(BLOCK) {
-                    pass.block(scratch, sample, (head, kv_head), first);
-                }
+    let blocks: Vec<Vec<QueryBlock>> = segments.blocks(BLOCK, past).collect();
+    let costs = blocks
+        .iter()
+        .map(|blocks| blocks.iter().map(QueryBlock::cost).sum());
+    let group = heads.heads / heads.kv_heads;
+    share_out(costs, heads.kv_heads, |scratch, i, kv_head| {
+        for head in kv_head * group..(kv_head + 1) * group {
+            for block in &blocks[i] {
+                pass.block(scratch, *block, (head, kv_head));
             }
-        });
-    let shape = |width: usize, rows: usize| [heads.batch * rows, width];
+        }
+    });
     (
-        flex::tensor(dq, shape(sizes.q_width, sizes.t)),
-        flex::tensor(dk, shape(sizes.kv_width, sizes.s)),
-        flex::tensor(dv, shape(sizes.kv_width, sizes.s)),
+        flex::tensor(dq, [n, q_width]),
+        flex::tensor(dk, [keys, kv_width]),
+        flex::tensor(dv, [keys, kv_width]),
     )
 }
 
 /// Everything one backward pass reads and writes.
 struct BackwardPass<'a> {
     heads: Heads,
-    sizes: Sizes,
+    n: usize,
     q: &'a [f32],
     k: &'a [f32],
     v: &'a [f32],
@@ -331,39 +382,25 @@ impl BackwardPass<'_> {
     fn block(
         &self,
         (probs, d_scores): &mut (Vec<f32>, Vec<f32>),
-        sample: usize,
+        block: QueryBlock,
         (head, kv_head): (usize, usize),
-        first: usize,
     ) {
-        let Sizes {
-            t,
-            s,
-            q_width,
-            kv_width,
-        } = self.sizes;
-        let d = self.heads.head_dim;
-        let rows = BLOCK.min(t - first);
-        let seen = self.sizes.visible(first + rows - 1);
-        let place = (sample * t + first) * q_width + head * d;
-        let queries = Matrix::strided(&self.q[place..], rows, d, q_width);
-        let grads = Matrix::strided(&self.grad[place..], rows, d, q_width);
-        let keys = head_of(self.k, (sample * s, seen), kv_width, (kv_head, d));
-        let values = head_of(self.v, (sample * s, seen), kv_width, (kv_head, d));
+        let (q_width, kv_width) = (self.heads.q_width(), self.heads.kv_width());
+        let (scale, d) = (self.heads.scale, self.heads.head_dim);
+        let (count, seen) = (block.queries, block.keys());
+        let queries = head_of(self.q, (block.query, count), q_width, (head, d));
+        let grads = head_of(self.grad, (block.query, count), q_width, (head, d));
+        let keys = head_of(self.k, (block.key, seen), kv_width, (kv_head, d));
+        let values = head_of(self.v, (block.key, seen), kv_width, (kv_head, d));
         let one = gemm::Parallelism::None;
         for buffer in [&mut *probs, &mut *d_scores] {
             buffer.clear();
-            buffer.resize(rows * seen, 0f32);
+            buffer.resize(count * seen, 0f32);
         }
-        flex::matmul(
-            probs,
-            seen,
-            Store::Set,
-            self.heads.scale,
-            (queries, keys.t()),
-            one,
-        );
+        flex::matmul(probs, seen, Store::Set, scale, (queries, keys.t()), one);
         flex::matmul(d_scores, seen, Store::Set, 1.0, (grads, values.t()), one);
-        let lse_at = (sample * self.heads.heads + head) * t + first;
+        let place = block.query * q_width + head * d;
+        let lse_at = head * self.n + block.query;
         flex::vectorised(
             #[inline(always)]
             || {
@@ -374,18 +411,16 @@ impl BackwardPass<'_> {
                     let at = place + i * q_width;
                     let (o, g) = (&self.out[at..at + d], &self.grad[at..at + d]);
                     let delta: f32 = o.iter().zip(g).map(|(o, g)| o * g).sum();
-                    let visible = self.sizes.visible(first + i);
-                    scores_backward((p, ds), visible, self.lse[lse_at + i], delta);
+                    scores_backward((p, ds), block.visible(i), self.lse[lse_at + i], delta);
                 }
             },
         );
         let (p, ds) = (
-            Matrix::new(probs, rows, seen),
-            Matrix::new(d_scores, rows, seen),
+            Matrix::new(probs, count, seen),
+            Matrix::new(d_scores, count, seen),
         );
-        let kv_place = sample * s * kv_width + kv_head * d;
-        let scale = self.heads.scale;
-        // SAFETY: dq's rows belong to this block and head; dk's and dv's columns of a sample and
+        let kv_place = block.key * kv_width + kv_head * d;
+        // SAFETY: dq's rows belong to this block and head; dk's and dv's columns of a segment and
         // key head belong to the one task that runs all its blocks in turn.
         unsafe {
             let (dq, dk, dv) = (
@@ -433,6 +468,7 @@ pub(super) fn tracked<B: KernelGradients, C: CheckpointStrategy>(
     k: FloatTensor<Autodiff<B, C>>,
     v: FloatTensor<Autodiff<B, C>>,
     heads: Heads,
+    segments: Segments,
 ) -> FloatTensor<Autodiff<B, C>> {
     let parents = [q.node(), k.node(), v.node()];
     let (q, k, v) = (q.into_primitive(), k.into_primitive(), v.into_primitive());
@@ -442,7 +478,8 @@ pub(super) fn tracked<B: KernelGradients, C: CheckpointStrategy>(
         .stateful()
     {
         OpsKind::Tracked(prep) => {
-            let (out, lse) = B::attention_forward(q.clone(), k.clone(), v.clone(), heads);
+            let (out, lse) =
+                B::attention_forward(q.clone(), k.clone(), v.clone(), heads, &segments);
             let saved = Saved {
                 q,
                 k,
@@ -450,9 +487,10 @@ pub(super) fn tracked<B: KernelGradients, C: CheckpointStrategy>(
                 out: out.clone(),
                 lse,
                 heads,
+                segments,
             };
             prep.finish(saved, out)
         }
-        OpsKind::UnTracked(prep) => prep.finish(B::fused_attention(q, k, v, heads)),
+        OpsKind::UnTracked(prep) => prep.finish(B::fused_attention(q, k, v, heads, segments)),
     }
 }

@@ -8,7 +8,8 @@ use burn::backend::{Autodiff, Flex};
 use burn_flex::FlexTensor;
 
 use super::{
-    KernelGradients, Kernels, attention, cross_entropy, lora_linear, rms_norm, rope, swiglu,
+    KernelGradients, Kernels, Segments, attention, cross_entropy, lora_linear, rms_norm, rope,
+    swiglu,
 };
 
 impl Kernels for Flex {
@@ -29,8 +30,9 @@ impl Kernels for Flex {
         k: FlexTensor,
         v: FlexTensor,
         heads: attention::Heads,
+        segments: Segments,
     ) -> FlexTensor {
-        attention::forward(q, k, v, heads).0
+        attention::forward(q, k, v, heads, &segments).0
     }
 
     fn fused_lora_linear(
@@ -80,8 +82,9 @@ impl KernelGradients for Flex {
         k: FlexTensor,
         v: FlexTensor,
         heads: attention::Heads,
+        segments: &Segments,
     ) -> (FlexTensor, FlexTensor) {
-        attention::forward(q, k, v, heads)
+        attention::forward(q, k, v, heads, segments)
     }
 
     fn attention_backward(
@@ -145,8 +148,9 @@ impl<B: KernelGradients, C: CheckpointStrategy> Kernels for Autodiff<B, C> {
         k: FloatTensor<Self>,
         v: FloatTensor<Self>,
         heads: attention::Heads,
+        segments: Segments,
     ) -> FloatTensor<Self> {
-        attention::tracked::<B, C>(q, k, v, heads)
+        attention::tracked::<B, C>(q, k, v, heads, segments)
     }
 
     fn fused_lora_linear(

@@ -12,6 +12,7 @@ mod flex;
 pub mod lora_linear;
 pub mod rms_norm;
 pub mod rope;
+pub mod segments;
 pub mod swiglu;
 
 use std::sync::Arc;
@@ -25,6 +26,7 @@ pub use cross_entropy::linear_cross_entropy;
 pub use lora_linear::lora_linear;
 pub use rms_norm::rms_norm;
 pub use rope::rope;
+pub use segments::Segments;
 pub use swiglu::swiglu;
 
 /// Fused operations, routed to the backend of their tensors. Shapes stand in each kernel's file.
@@ -53,6 +55,7 @@ pub trait Kernels: Backend {
         k: FloatTensor<Self>,
         v: FloatTensor<Self>,
         heads: attention::Heads,
+        segments: Segments,
     ) -> FloatTensor<Self>;
 
     /// See [`lora_linear()`].
@@ -97,12 +100,13 @@ pub trait KernelGradients: Kernels {
         grad: FloatTensor<Self>,
     ) -> (FloatTensor<Self>, FloatTensor<Self>);
 
-    /// Output and the log-sum-exp of each score row, `[B, H, T]`.
+    /// Output and the log-sum-exp of each score row, `[H, N]`.
     fn attention_forward(
         q: FloatTensor<Self>,
         k: FloatTensor<Self>,
         v: FloatTensor<Self>,
         heads: attention::Heads,
+        segments: &Segments,
     ) -> (FloatTensor<Self>, FloatTensor<Self>);
 
     /// Gradients of q, k and v.

@@ -102,6 +102,35 @@ fn swiglu_equals_its_reference() {
     }
 }
 
+fn heads(heads: usize, kv_heads: usize, head_dim: usize) -> Heads {
+    Heads {
+        heads,
+        kv_heads,
+        head_dim,
+        scale: (head_dim as f32).powf(-0.5),
+    }
+}
+
+/// q, k and v of `queries` and `keys` rows.
+fn random_rows(heads: Heads, queries: usize, keys: usize) -> [Tensor<2>; 3] {
+    let kv_width = heads.kv_heads * heads.head_dim;
+    [
+        random([queries, heads.heads * heads.head_dim]),
+        random([keys, kv_width]),
+        random([keys, kv_width]),
+    ]
+}
+
+/// Compares the fused kernel with the reference.
+fn compare_attention(heads: Heads, segments: &Segments, keys: usize) {
+    compare(
+        &format!("attention {heads:?} {segments:?} {keys} keys"),
+        &random_rows(heads, segments.tokens(), keys),
+        |x| attention(x[0].clone(), x[1].clone(), x[2].clone(), heads, segments),
+        |x| attention::reference(x[0].clone(), x[1].clone(), x[2].clone(), heads, segments),
+    );
+}
+
 #[test]
 fn attention_equals_its_reference() {
     device();
@@ -114,23 +143,68 @@ fn attention_equals_its_reference() {
         (1, 1, 70, 4, 2, 16),
         (2, 67, 100, 2, 1, 8),
     ] {
-        let heads = Heads {
-            batch: b,
-            heads: h,
-            kv_heads: k,
-            head_dim: d,
-            scale: (d as f32).powf(-0.5),
-        };
-        compare(
-            &format!("attention {heads:?} {t}x{s}"),
-            &[
-                random([b * t, h * d]),
-                random([b * s, k * d]),
-                random([b * s, k * d]),
-            ],
-            |x| attention(x[0].clone(), x[1].clone(), x[2].clone(), heads),
-            |x| attention::reference(x[0].clone(), x[1].clone(), x[2].clone(), heads),
-        );
+        compare_attention(heads(h, k, d), &Segments::uniform(b, t), b * s);
+    }
+}
+
+/// Segments of these lengths; the rows of a batch have equal sums.
+fn packed(batch: usize, lengths: &[usize]) -> Segments {
+    let mut starts = vec![0];
+    for length in lengths {
+        starts.push(starts[starts.len() - 1] + length);
+    }
+    Segments::packed(batch, starts.into())
+}
+
+/// Batches and lengths of segments around the size of a block, as short as they get, and uneven.
+const PACKINGS: [(usize, &[usize]); 6] = [
+    (1, &[1, 1, 1]),
+    (1, &[63, 1, 64, 65, 2, 129]),
+    (1, &[5; 40]),
+    (2, &[64, 65, 129]),
+    (3, &[131, 2, 129, 128, 2, 1]),
+    (2, &[7, 0, 3, 10]),
+];
+
+#[test]
+fn packed_attention_equals_its_reference() {
+    device();
+    for (batch, lengths) in PACKINGS {
+        let segments = packed(batch, lengths);
+        for heads in [heads(6, 3, 16), heads(2, 1, 64), heads(1, 1, 80)] {
+            compare_attention(heads, &segments, segments.tokens());
+        }
+    }
+}
+
+/// Both the fused kernel and the reference: what a segment gives, forward and gradients, is what it
+/// gives alone.
+#[test]
+fn packed_segments_never_see_each_other() {
+    device();
+    let heads = heads(4, 2, 16);
+    for (batch, lengths) in PACKINGS {
+        let segments = packed(batch, lengths);
+        let n = segments.tokens();
+        let inputs = random_rows(heads, n, n);
+        for packed in [attention, attention::reference] {
+            compare(
+                &format!("packed {segments:?}, {n} rows"),
+                &inputs,
+                |x| packed(x[0].clone(), x[1].clone(), x[2].clone(), heads, &segments),
+                |x| {
+                    let alone = segments
+                        .ranges()
+                        .filter(|rows| !rows.is_empty())
+                        .map(|rows| {
+                            let [q, k, v] =
+                                [0, 1, 2].map(|i| x[i].clone().narrow(0, rows.start, rows.len()));
+                            attention::reference(q, k, v, heads, &Segments::uniform(1, rows.len()))
+                        });
+                    Tensor::cat(alone.collect(), 0)
+                },
+            );
+        }
     }
 }
 

@@ -2,7 +2,7 @@
 
 use burn::tensor::Tensor;
 
-use crate::nn::{Attention, Dropout, LayerCache, LoraLinear, Mlp, RmsNorm, Visitor};
+use crate::nn::{Attention, Dropout, LayerCache, LoraLinear, Mlp, RmsNorm, Rows, Visitor};
 
 /// `x + attention(norm(x))`, then `x + mlp(norm(x))`.
 #[derive(Debug, Clone)]
@@ -19,17 +19,16 @@ pub struct Block {
 
 impl Block {
     /// # Shapes
-    /// x `[B · T, D]`, cos and sin `[B · T, Dh / 2]` → `[B · T, D]`
+    /// x `[N, D]` → `[N, D]`
     pub fn forward(
         &self,
         x: Tensor<2>,
-        batch: usize,
-        rope: &(Tensor<2>, Tensor<2>),
+        rows: &Rows,
         cache: Option<&mut LayerCache>,
         dropout: Option<Dropout>,
     ) -> Tensor<2> {
         let normed = self.input_layernorm.forward(x.clone());
-        let x = x + self.self_attn.forward(normed, batch, rope, cache, dropout);
+        let x = x + self.self_attn.forward(normed, rows, cache, dropout);
         let normed = self.post_attention_layernorm.forward(x.clone());
         x + self.mlp.forward(normed, dropout)
     }

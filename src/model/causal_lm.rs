@@ -9,8 +9,8 @@ use super::config::ModelConfig;
 use super::names;
 use super::tensor_reader::TensorReader;
 use super::weights::{self, Weights, WeightsError};
-use crate::kernels;
-use crate::nn::{Dropout, LayerCache, LoraLinear, Parameter, RmsNorm, Rope, Visitor};
+use crate::kernels::{self, Segments};
+use crate::nn::{Dropout, LayerCache, LoraLinear, Parameter, RmsNorm, Rope, Rows, Visitor};
 
 /// A causal language model on one device, in f32.
 #[derive(Debug, Clone)]
@@ -25,15 +25,18 @@ pub struct CausalLm {
     device: Device,
 }
 
-/// Token ids of some samples of equal length, one after the other.
+/// Token ids of some rows of equal length, one after the other.
 #[derive(Debug, Clone, Copy)]
 pub struct Tokens<'a> {
     /// B · T ids.
     pub ids: &'a [i32],
     /// B
     pub batch: usize,
-    /// Position of each id; `0 .. T` in each sample when `None`.
+    /// Position of each id; counted from 0 in each segment when `None`.
     pub positions: Option<&'a [usize]>,
+    /// Where the segments start that do not see each other, from 0 to B · T inclusive; each row is
+    /// one segment when `None`.
+    pub segments: Option<&'a Arc<[usize]>>,
 }
 
 /// Keys and values of all layers for one sample.
@@ -109,7 +112,8 @@ impl CausalLm {
         self.embed_tokens.clone().select(0, ids)
     }
 
-    /// All blocks and the final norm. `dropout` is `None` outside training.
+    /// All blocks and the final norm. `dropout` is `None` outside training; with a `cache`, the
+    /// tokens are one segment that follows the cached one.
     ///
     /// # Shapes
     /// x `[N, D]` → `[N, D]`
@@ -120,25 +124,29 @@ impl CausalLm {
         mut cache: Option<&mut KvCache>,
         dropout: Option<Dropout>,
     ) -> Tensor<2> {
-        let length = tokens.ids.len() / tokens.batch.max(1);
         let past = cache.as_ref().map_or(0, |cache| cache.tokens);
-        let rope = match tokens.positions {
-            Some(positions) => self.rope.tables(positions, &self.device),
-            None => {
-                let positions: Vec<usize> = (0..tokens.batch)
-                    .flat_map(|_| past..past + length)
-                    .collect();
-                self.rope.tables(&positions, &self.device)
-            }
-        };
+        let rows = self.rows(tokens, past);
         for (i, block) in self.blocks.iter().enumerate() {
             let layer = cache.as_mut().map(|cache| &mut cache.layers[i]);
-            x = block.forward(x, tokens.batch, &rope, layer, dropout);
+            x = block.forward(x, &rows, layer, dropout);
         }
         if let Some(cache) = cache {
-            cache.tokens += length;
+            cache.tokens += tokens.ids.len();
         }
         self.norm.forward(x)
+    }
+
+    /// Positions and segments of the tokens, `past` tokens of each segment being cached.
+    fn rows(&self, tokens: Tokens, past: usize) -> Rows {
+        let segments = match tokens.segments {
+            Some(starts) => Segments::packed(tokens.batch, Arc::clone(starts)),
+            None => Segments::uniform(tokens.batch, tokens.ids.len() / tokens.batch.max(1)),
+        };
+        let (cos, sin) = match tokens.positions {
+            Some(positions) => self.rope.tables(positions, &self.device),
+            None => self.rope.tables(&segments.positions(past), &self.device),
+        };
+        Rows { cos, sin, segments }
     }
 
     /// Output of the final norm for each token. `[N, D]`

@@ -14,9 +14,9 @@ use crate::quant::gguf::{GgufError, GgufFile};
 /// Most faults listed in one error.
 const MAX_LISTED: usize = 20;
 /// The one file of a small model.
-pub(super) const SINGLE: &str = "model.safetensors";
+pub(crate) const SINGLE: &str = "model.safetensors";
 /// The table of a sharded one.
-pub(super) const INDEX: &str = "model.safetensors.index.json";
+pub(crate) const INDEX: &str = "model.safetensors.index.json";
 
 /// How a tensor is stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -385,7 +385,7 @@ impl Weights {
 }
 
 /// Tensor name → file name, each a plain name in the index's own directory.
-pub(super) fn read_index(index: &Path) -> Result<BTreeMap<String, String>, WeightsError> {
+pub(crate) fn read_index(index: &Path) -> Result<BTreeMap<String, String>, WeightsError> {
     let malformed = |what: String| WeightsError::Malformed {
         path: index.to_path_buf(),
         what,

@@ -3,7 +3,7 @@
 use burn::tensor::Tensor;
 
 use super::{Dropout, LoraLinear, Visitor};
-use crate::kernels::{self, attention::Heads};
+use crate::kernels::{self, Segments, attention::Heads};
 
 /// Causal self-attention with rotary positions and grouped key heads.
 #[derive(Debug, Clone)]
@@ -22,6 +22,17 @@ pub struct Attention {
     pub kv_heads: usize,
     /// Dh
     pub head_dim: usize,
+}
+
+/// Where the rows stand: what attention needs beside the activations, the same in all layers.
+#[derive(Debug, Clone)]
+pub struct Rows {
+    /// Of each row's position, `[N, Dh / 2]`.
+    pub cos: Tensor<2>,
+    /// Of each row's position, `[N, Dh / 2]`.
+    pub sin: Tensor<2>,
+    /// Which rows see each other.
+    pub segments: Segments,
 }
 
 /// Keys and values of the tokens so far, of one sample: `[S, K · Dh]` each.
@@ -44,35 +55,33 @@ impl LayerCache {
 }
 
 impl Attention {
-    /// With a `cache`, `batch` must be 1 and the new tokens follow the cached ones.
+    /// With a `cache`, `rows` must be one segment and follow the cached ones.
     ///
     /// # Shapes
-    /// x `[B · T, D]`, cos and sin `[B · T, Dh / 2]` → `[B · T, D]`
+    /// x `[N, D]` → `[N, D]`
     pub fn forward(
         &self,
         x: Tensor<2>,
-        batch: usize,
-        (cos, sin): &(Tensor<2>, Tensor<2>),
+        rows: &Rows,
         cache: Option<&mut LayerCache>,
         dropout: Option<Dropout>,
     ) -> Tensor<2> {
         let q = self.q_proj.forward(x.clone(), dropout); // [N, H·Dh]
         let k = self.k_proj.forward(x.clone(), dropout); // [N, K·Dh]
         let v = self.v_proj.forward(x, dropout); // [N, K·Dh]
-        let q = kernels::rope(q, cos.clone(), sin.clone());
-        let k = kernels::rope(k, cos.clone(), sin.clone());
+        let q = kernels::rope(q, rows.cos.clone(), rows.sin.clone());
+        let k = kernels::rope(k, rows.cos.clone(), rows.sin.clone());
         let (k, v) = match cache {
             Some(cache) => cache.extend(k, v), // [S, K·Dh]
             None => (k, v),
         };
         let heads = Heads {
-            batch,
             heads: self.heads,
             kv_heads: self.kv_heads,
             head_dim: self.head_dim,
             scale: (self.head_dim as f64).powf(-0.5) as f32,
         };
-        let mixed = kernels::attention(q, k, v, heads); // [N, H·Dh]
+        let mixed = kernels::attention(q, k, v, heads, &rows.segments); // [N, H·Dh]
         self.o_proj.forward(mixed, dropout)
     }
 

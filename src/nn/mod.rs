@@ -10,7 +10,7 @@ pub mod parameter;
 pub mod rms_norm;
 pub mod rope;
 
-pub use attention::{Attention, LayerCache};
+pub use attention::{Attention, LayerCache, Rows};
 pub use dropout::Dropout;
 pub use lora_linear::{LoraDelta, LoraLinear};
 pub use mlp::Mlp;

@@ -1,6 +1,8 @@
 //! Rotary frequencies and their stretching for long contexts, as in transformers'
 //! `modeling_rope_utils.py`.
 
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::f64::consts::{PI, TAU};
 
 use burn::tensor::{Device, Tensor, TensorData};
@@ -94,19 +96,33 @@ impl Rope {
         let length = positions.iter().max().map_or(0, |p| p + 1);
         let frequencies = self.frequencies(length);
         let half = self.head_dim / 2;
-        let table = |f: fn(f64) -> f64| {
-            let mut values = Vec::with_capacity(positions.len() * half);
-            for &position in positions {
-                for inverse in &frequencies.inverse {
-                    // The angle is rounded to f32 first, as transformers computes it in f32.
-                    let angle = position as f32 * *inverse as f32;
-                    let value = f(f64::from(angle)) as f32;
-                    values.push(value * frequencies.attention_factor as f32);
+        let n = positions.len() * half;
+        let (mut cos, mut sin) = (Vec::with_capacity(n), Vec::with_capacity(n));
+        // Packed rows come back to the same positions: each is computed once, then copied.
+        let mut computed = HashMap::new();
+        for &position in positions {
+            match computed.entry(position) {
+                Entry::Occupied(row) => {
+                    let at: usize = *row.get();
+                    cos.extend_from_within(at..at + half);
+                    sin.extend_from_within(at..at + half);
+                }
+                Entry::Vacant(row) => {
+                    row.insert(cos.len());
+                    for inverse in &frequencies.inverse {
+                        // The angle is rounded to f32 first, as transformers computes it in f32.
+                        let angle = f64::from(position as f32 * *inverse as f32);
+                        let factor = frequencies.attention_factor as f32;
+                        cos.push(angle.cos() as f32 * factor);
+                        sin.push(angle.sin() as f32 * factor);
+                    }
                 }
             }
+        }
+        let table = |values: Vec<f32>| {
             Tensor::from_data(TensorData::new(values, [positions.len(), half]), device)
         };
-        (table(f64::cos), table(f64::sin))
+        (table(cos), table(sin))
     }
 
     /// The frequencies for sequences of `length` tokens.

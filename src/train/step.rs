@@ -9,7 +9,7 @@ use std::sync::Arc;
 use burn::tensor::Tensor;
 
 use crate::data::IGNORE_INDEX;
-use crate::data::loader::Batch;
+use crate::data::batch::Batch;
 use crate::device::{scalar, to_vec};
 use crate::model::{CausalLm, Tokens};
 use crate::nn::Dropout;
@@ -37,12 +37,14 @@ pub struct DropoutSeed {
     pub step: usize,
 }
 
-/// The target of each row: the next token's label, [`IGNORE_INDEX`] in a sample's last row.
+/// The target of each row: the next token's label, [`IGNORE_INDEX`] in a segment's last row.
 pub fn targets(batch: &Batch) -> Arc<[i32]> {
     let mut targets = Vec::with_capacity(batch.labels.len());
-    for labels in batch.labels.chunks_exact(batch.tokens.max(1)) {
-        targets.extend_from_slice(&labels[1..]);
-        targets.push(IGNORE_INDEX);
+    for ends in batch.segment_starts.windows(2) {
+        if let [_, next @ ..] = &batch.labels[ends[0]..ends[1]] {
+            targets.extend_from_slice(next);
+            targets.push(IGNORE_INDEX);
+        }
     }
     targets.into()
 }
@@ -55,7 +57,8 @@ fn tokens(batch: &Batch) -> Tokens<'_> {
     Tokens {
         ids: &batch.input_ids,
         batch: batch.batch,
-        positions: None,
+        positions: Some(&batch.position_ids),
+        segments: Some(&batch.segment_starts),
     }
 }
 
