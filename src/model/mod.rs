@@ -1,6 +1,6 @@
 //! A base model's configuration and weights become a causal language model.
 //!
-//! [`hub`] finds the files, [`config`] reads `config.json` or GGUF metadata, [`weights`] reads
+//! [`config`] reads `config.json` or GGUF metadata, [`weights`] reads
 //! tensors ([`gguf`] those of GGUF files), [`names`] holds every rename, [`causal_lm`] puts
 //! [`block`]s together.
 
@@ -11,9 +11,6 @@ mod config_check;
 mod config_json;
 mod config_write;
 pub mod gguf;
-pub mod hub;
-mod hub_download;
-mod hub_error;
 pub mod names;
 mod shard;
 mod tensor_reader;
