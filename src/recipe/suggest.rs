@@ -3,7 +3,7 @@
 use super::schema::{KNOBS, SECTIONS};
 
 /// The candidate nearest to `name`, if one is near enough to have been meant.
-pub(super) fn nearest<'a>(
+pub(crate) fn nearest<'a>(
     name: &str,
     candidates: impl IntoIterator<Item = &'a str>,
 ) -> Option<&'a str> {
