@@ -8,7 +8,7 @@ use lorafit::recipe::faults::Faults;
 use lorafit::recipe::load::load;
 use lorafit::recipe::resolve::to_yaml;
 use lorafit::recipe::{
-    AdapterMethod, BaseInit, DataFormat, LrScheduler, Plan, TargetModules, schema,
+    AdapterMethod, BaseInit, DataFormat, LrScheduler, Plan, SourcePlan, TargetModules, schema,
 };
 
 /// A scratch directory with a data file, where recipes are written and loaded.
@@ -72,7 +72,8 @@ fn defaults_are_filled_in() {
     let plan = desk.plan(&desk.recipe(""), &[]);
     assert_eq!(plan.base.revision, "main");
     assert_eq!(plan.base.init, BaseInit::Pretrained);
-    assert_eq!(plan.data.train, [desk.path("rows.jsonl")]);
+    let rows = desk.path("rows.jsonl").display().to_string();
+    assert_eq!(plan.data.train, [SourcePlan::new(rows)]);
     assert_eq!(plan.data.format, DataFormat::Auto);
     assert_eq!(plan.adapter.method, AdapterMethod::Lora);
     assert_eq!((plan.adapter.rank, plan.adapter.alpha), (16, 32.0));
@@ -145,11 +146,11 @@ sample: 3
     let faults = desk.faults(text, &["train.adam_beta1=2", "train.lr=1"]);
     let begins = [
         "recipe.yaml:2: base.modle: unknown key; did you mean base.model?",
-        "recipe.yaml:3: data.train: is missing, expected a file, or a list of such; add `train: …` under `data:`",
-        "recipe.yaml:4: data.format: found the text `alpacca`, expected `auto`, `messages`, `alpaca` or `text`; did you mean `alpaca`?",
+        "recipe.yaml:3: data.train: is missing, expected a file, a directory, a pattern or `hf://owner/name`, or a list of such; add `train: …` under `data:`",
+        "recipe.yaml:4: data.format: found the text `alpacca`, expected `auto`, `messages`, `sharegpt`, `alpaca`, `prompt_completion`, `text`, `tokens` or `preference`; did you mean `alpaca`?",
         "recipe.yaml:5: data.max_seq_len: found `-4`, expected a whole number from 2 to 16777216; the default is 1024",
-        "recipe.yaml:7: data.validation[0]: `rows.jsonl` does not exist, expected a file; paths start from the current directory",
-        "recipe.yaml:8: data.validation[1]: found `3`, expected a file; put it in quotes if it is meant as text",
+        "recipe.yaml:7: data.validation[0]: `rows.jsonl` does not exist, expected a file, a directory, a pattern or `hf://owner/name`; paths start from the current directory",
+        "recipe.yaml:8: data.validation[1]: found `3`, expected a file, a directory, a pattern or `hf://owner/name`; put it in quotes if it is meant as text",
         "recipe.yaml:10: adapter.rank: found `2.5`, expected a whole number from 1 to 65536; the default is 16",
         "recipe.yaml:11: adapter.rank: is given twice, `r` is another name for it; keep one",
         "recipe.yaml:12: adapter.dropout: found `1`, expected a number from 0, below 1",

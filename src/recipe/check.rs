@@ -5,8 +5,8 @@ use std::path::Path;
 use serde_json::{Value as Json, json};
 
 use super::schema::{Edge, Initial, Kind, Knob};
-use super::suggest;
 use super::tree::{self, Node, Value};
+use super::{named_templates, source, suggest};
 
 /// Why a value does not fit its knob.
 #[derive(Debug)]
@@ -21,7 +21,7 @@ pub(super) struct Mismatch {
 }
 
 /// What one value comes to: what [`Plan`](super::Plan) deserialises from, or all that is wrong.
-type Checked = Result<Json, Vec<Mismatch>>;
+pub(super) type Checked = Result<Json, Vec<Mismatch>>;
 
 /// The value that a knob has when the recipe does not set it, where that is known beforehand.
 pub(super) fn default(knob: &Knob) -> Option<Json> {
@@ -39,7 +39,8 @@ pub(super) fn value(kind: &Kind, node: &Node) -> Checked {
     match kind {
         Kind::Text | Kind::NewDirectory => text(kind, node).map(Json::from),
         Kind::Model => model(kind, node),
-        Kind::File => path(kind, node, Path::is_file),
+        Kind::Source => source::check(kind, node),
+        Kind::ChatTemplate => chat_template(kind, node),
         Kind::Directory => path(kind, node, Path::is_dir),
         Kind::Choice(words) => choice(kind, words, node),
         Kind::Boolean => match node.value {
@@ -54,12 +55,12 @@ pub(super) fn value(kind: &Kind, node: &Node) -> Checked {
     }
 }
 
-fn wrong<T>(kind: &Kind, node: &Node, remedy: &str) -> Result<T, Vec<Mismatch>> {
+pub(super) fn wrong<T>(kind: &Kind, node: &Node, remedy: &str) -> Result<T, Vec<Mismatch>> {
     let message = format!("found {}, expected {}", node.describe(), kind.expected());
     Err(mismatch(node, message, remedy.into()))
 }
 
-fn mismatch(node: &Node, message: String, remedy: String) -> Vec<Mismatch> {
+pub(super) fn mismatch(node: &Node, message: String, remedy: String) -> Vec<Mismatch> {
     vec![Mismatch {
         id: node.id,
         suffix: String::new(),
@@ -68,7 +69,7 @@ fn mismatch(node: &Node, message: String, remedy: String) -> Vec<Mismatch> {
     }]
 }
 
-fn text(kind: &Kind, node: &Node) -> Result<String, Vec<Mismatch>> {
+pub(super) fn text(kind: &Kind, node: &Node) -> Result<String, Vec<Mismatch>> {
     match &node.value {
         Value::Text(text) if text.trim().is_empty() => {
             Err(mismatch(node, "is empty text".into(), String::new()))
@@ -114,7 +115,26 @@ fn path(kind: &Kind, node: &Node, fits: fn(&Path) -> bool) -> Checked {
     Err(mismatch(node, message, where_paths_start()))
 }
 
-fn where_paths_start() -> String {
+/// A name wins over a file of that name, which can be written with `./` before it.
+fn chat_template(kind: &Kind, node: &Node) -> Checked {
+    let name = text(kind, node)?;
+    let file = Path::new(&name);
+    if named_templates::names().any(|known| known == name) || file.is_file() {
+        return Ok(Json::from(name));
+    }
+    if file.exists() {
+        return path(kind, node, Path::is_file);
+    }
+    let known: Vec<_> = named_templates::names().collect();
+    let remedy = match suggest::nearest(&name, known.iter().copied()) {
+        Some(nearest) => format!("did you mean `{nearest}`?"),
+        None => format!("the names are {}", known.join(", ")),
+    };
+    let message = format!("`{name}` does not exist, expected {}", kind.expected());
+    Err(mismatch(node, message, remedy))
+}
+
+pub(super) fn where_paths_start() -> String {
     match std::env::current_dir() {
         Ok(here) => format!(
             "paths start from the current directory, {}, and `~` stands for nothing",
@@ -125,13 +145,16 @@ fn where_paths_start() -> String {
 }
 
 fn choice(kind: &Kind, words: &[(&str, &str)], node: &Node) -> Checked {
-    let Value::Text(text) = &node.value else {
-        return wrong(kind, node, "");
+    let text = match &node.value {
+        Value::Text(text) => text.clone(),
+        // `true` is a word of some knobs.
+        Value::Boolean(value) => value.to_string(),
+        _ => return wrong(kind, node, ""),
     };
-    if words.iter().any(|(word, _)| word == text) {
+    if words.iter().any(|(word, _)| *word == text) {
         return Ok(json!(text));
     }
-    let nearest = suggest::nearest(text, words.iter().map(|(word, _)| *word));
+    let nearest = suggest::nearest(&text, words.iter().map(|(word, _)| *word));
     let remedy = nearest.map_or(String::new(), |word| format!("did you mean `{word}`?"));
     wrong(kind, node, &remedy)
 }

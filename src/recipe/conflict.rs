@@ -77,6 +77,7 @@ pub(super) fn check(given: &mut Given) {
         let message = "random weights cannot be adapted, all of them have to train";
         report(given, "base.init", message, "set `adapter.method: full`");
     }
+    streaming(given);
     early_stopping(given);
     layers_and_expression(given);
     warmup(given);
@@ -121,6 +122,20 @@ fn exclude(given: &mut Given, winner: &str, loser: &'static str, because: &str) 
         let message = format!("has no effect: {because}");
         report(given, loser, &message, "remove one of them");
     }
+}
+
+/// What needs a first pass over the data cannot be had without one.
+fn streaming(given: &mut Given) {
+    let key = "data.streaming";
+    if value(given, key) != Some(&json!(true)) {
+        return;
+    }
+    if !asks(given, "train.max_steps") {
+        let message = "needs `train.max_steps`: how many rows there are is not known beforehand";
+        report(given, key, message, "set train.max_steps");
+    }
+    let because = "`data.streaming` does not know which rows there will be";
+    exclude(given, key, "data.validation_fraction", because);
 }
 
 fn early_stopping(given: &mut Given) {

@@ -15,6 +15,51 @@ const ONE: Edge = With(1.0);
 const RANK: Kind = Kind::Integer(1, 65_536);
 const ALPHA: Kind = Kind::Real(POSITIVE, With(1e6));
 
+/// Formats of rows; a source may name its own.
+pub(super) const FORMAT: Kind = Kind::Choice(&[
+    ("auto", "told from the keys of the first row"),
+    (
+        "messages",
+        "`{\"messages\": [{\"role\", \"content\"}, …]}`, as OpenAI has it",
+    ),
+    (
+        "sharegpt",
+        "`{\"conversations\": [{\"from\", \"value\"}, …]}`",
+    ),
+    (
+        "alpaca",
+        "`{\"instruction\", \"input\", \"output\"}`, `input` may be missing",
+    ),
+    (
+        "prompt_completion",
+        "`{\"prompt\", \"completion\"}`, the completion trains",
+    ),
+    ("text", "`{\"text\"}`, every token trains"),
+    ("tokens", "`{\"input_ids\", \"labels\"}`, tokenised already"),
+    (
+        "preference",
+        "`{\"prompt\", \"chosen\", \"rejected\"}`, for preference objectives, which are not there yet",
+    ),
+]);
+
+/// The clauses of the mask contract.
+const CLAUSE: Kind = Kind::Choice(&[
+    (
+        "end_of_turn",
+        "each trained turn ends with a labelled token on which generation stops",
+    ),
+    ("bos", "a row has one BOS token, where the model has one"),
+    ("pad", "the padding token carries no label"),
+    (
+        "labels",
+        "each row has something to train; waived, rows without are left out",
+    ),
+    (
+        "stop_token",
+        "the token that ends turns is what `generation_config.json` and the tokenizer say",
+    ),
+]);
+
 /// All knobs, in the order of a recipe.
 pub static KNOBS: &[Knob] = &[
     // ---- base
@@ -53,32 +98,24 @@ pub static KNOBS: &[Knob] = &[
     // ---- data
     Knob::new(
         "data.train",
-        Kind::List(&Kind::File, 1),
+        Kind::List(&Kind::Source, 1),
         "",
-        "Training files, JSON lines.",
+        "Training data. JSON lines, JSON, CSV, TSV, Parquet or text, also gzip or zstd of these. A source that needs more than its path is a map of `path` with `format`, `weight` (how often an epoch sees each row; 0.5 is every other row), `fields` (`{messages: dialog}` where the rows' names differ), `sample_by` (text files: `line`, `paragraph` or `document`), and for the hub `config`, `split` and `revision`.",
     )
     .initially(Required)
     .elsewhere(&["dataset", "datasets", "train_file", "path", "data_files"]),
     Knob::new(
         "data.format",
-        Kind::Choice(&[
-            ("auto", "told from the keys of the first row"),
-            ("messages", "`{\"messages\": [{\"role\", \"content\"}, …]}`"),
-            (
-                "alpaca",
-                "`{\"instruction\", \"input\", \"output\"}`, `input` may be missing",
-            ),
-            ("text", "`{\"text\"}`, every token trains"),
-        ]),
+        FORMAT,
         "auto",
-        "Format of the rows.",
+        "Format of the rows, for sources that do not name their own.",
     )
     .elsewhere(&["type", "dataset_type"]),
     Knob::new(
         "data.validation",
-        Kind::List(&Kind::File, 0),
+        Kind::List(&Kind::Source, 0),
         "[]",
-        "Validation files, in the same format.",
+        "Validation data, given as `data.train` is.",
     )
     .elsewhere(&["eval", "test", "valid", "val", "validation_file"]),
     Knob::new(
@@ -92,7 +129,7 @@ pub static KNOBS: &[Knob] = &[
         "data.max_seq_len",
         Kind::Integer(2, 16_777_216),
         "1024",
-        "Longest sample; longer ones are cut on the right and counted. Memory grows with it.",
+        "Longest sample, and the length of packed rows. Memory grows with it.",
     )
     .counts("tokens")
     .elsewhere(&[
@@ -104,6 +141,41 @@ pub static KNOBS: &[Knob] = &[
         "block_size",
     ]),
     Knob::new(
+        "data.truncate",
+        Kind::Choice(&[
+            ("right", "their end is cut off"),
+            ("left", "their beginning is cut off, behind BOS"),
+            ("drop", "they are left out"),
+            ("fail", "they stop the run"),
+        ]),
+        "right",
+        "What becomes of samples longer than `max_seq_len`; they are counted and shown.",
+    )
+    .elsewhere(&["truncation", "truncation_side", "overflow"]),
+    Knob::new(
+        "data.packing",
+        Kind::Choice(&[
+            ("false", "each sample is padded to the longest of its micro-batch"),
+            (
+                "true",
+                "whole samples fill rows of `max_seq_len` tokens, none sees another",
+            ),
+            (
+                "wrap",
+                "all rows are full: a sample that does not fit goes on in the next row, where it no longer sees its beginning",
+            ),
+        ]),
+        "false",
+        "Whether several samples share a row: faster, with the same loss and gradients for the same samples. `train.micro_batch_size` counts rows then.",
+    )
+    .elsewhere(&["sample_packing", "pack", "packed", "neat_packing"]),
+    Knob::new(
+        "data.group_by_length",
+        Kind::Boolean,
+        "true",
+        "Whether samples of like length share a micro-batch, which saves padding. Without packing only.",
+    ),
+    Knob::new(
         "data.train_on_inputs",
         Kind::Boolean,
         "false",
@@ -111,16 +183,59 @@ pub static KNOBS: &[Knob] = &[
     ),
     Knob::new(
         "data.chat_template",
-        Kind::File,
+        Kind::ChatTemplate,
         "null",
-        "A Jinja chat template file that replaces the model's own.",
-    ),
+        "A chat template that replaces the model's own: a name (see recipes/chat_templates) or a Jinja file.",
+    )
+    .elsewhere(&["template", "conversation_template", "jinja_template", "chat_template_path"]),
     Knob::new(
         "data.shuffle",
         Kind::Boolean,
         "true",
         "Whether the rows are shuffled, anew in each epoch, by `train.seed`.",
     ),
+    Knob::new(
+        "data.streaming",
+        Kind::Boolean,
+        "false",
+        "Whether rows are read and tokenised while training, without a first pass over the data and without a cache. Needs `train.max_steps`.",
+    ),
+    Knob::new(
+        "data.shuffle_buffer",
+        Kind::Integer(1, 100_000_000),
+        "10000",
+        "Rows that are held in memory and shuffled together when streaming.",
+    )
+    .counts("rows")
+    .elsewhere(&["buffer_size", "shuffle_buffer_size"]),
+    Knob::new(
+        "data.on_bad_row",
+        Kind::Choice(&[
+            ("fail", "they stop the run, the first ten are shown"),
+            ("skip", "they are left out, counted, and the first ten are shown"),
+        ]),
+        "fail",
+        "What becomes of rows that cannot be read.",
+    ),
+    Knob::new(
+        "data.waive",
+        Kind::List(&CLAUSE, 0),
+        "[]",
+        "Clauses of the mask contract that this dataset need not keep.",
+    ),
+    Knob::new(
+        "data.cache_dir",
+        Kind::NewDirectory,
+        "null",
+        "Where tokenised datasets are kept; null means `lorafit` in the user's cache directory.",
+    ),
+    Knob::new(
+        "data.cache_limit",
+        Kind::Real(ZERO, With(1e6)),
+        "20",
+        "Most that is kept there, the least recently used going first; 0 keeps nothing.",
+    )
+    .counts("GiB"),
     // ---- adapter
     Knob::new(
         "adapter.method",

@@ -11,10 +11,14 @@ pub mod faults;
 mod given;
 mod knobs;
 pub mod load;
+pub mod named_templates;
 pub mod plan;
 pub mod resolve;
 pub mod schema;
-mod suggest;
+pub mod source;
+pub(crate) mod suggest;
 mod tree;
 
 pub use plan::*;
+pub(crate) use suggest::nearest;
+pub(crate) use tree::yaml_to_json;

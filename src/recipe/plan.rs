@@ -1,5 +1,6 @@
 //! The resolved recipe: what the rest of lorafit reads.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
@@ -46,36 +47,236 @@ pub enum BaseInit {
 /// The dataset.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct DataPlan {
-    /// Training files.
-    pub train: Vec<PathBuf>,
-    /// Format of the rows.
+    /// Training data.
+    pub train: Vec<SourcePlan>,
+    /// Format of the rows of sources that name none.
     pub format: DataFormat,
-    /// Validation files; empty when the split is a fraction or there is none.
-    pub validation: Vec<PathBuf>,
+    /// Validation data; empty when the split is a fraction or there is none.
+    pub validation: Vec<SourcePlan>,
     /// Share of the training rows held out for validation, in `[0, 1)`.
     pub validation_fraction: f64,
-    /// Longest sample in tokens; longer ones are cut on the right and counted.
+    /// Longest sample in tokens.
     pub max_seq_len: usize,
+    /// What becomes of longer samples.
+    pub truncate: Truncate,
+    /// Whether several samples share a row of `max_seq_len` tokens.
+    pub packing: Packing,
+    /// Whether samples of like length are put into one micro-batch, when nothing is packed.
+    pub group_by_length: bool,
     /// Whether prompts train too, not only assistant turns.
     pub train_on_inputs: bool,
-    /// A Jinja chat template file that replaces the model's own.
-    pub chat_template: Option<PathBuf>,
+    /// A chat template that replaces the model's own: a name, or a Jinja file.
+    pub chat_template: Option<String>,
     /// Whether the rows are shuffled, anew in each epoch, by `train.seed`.
     pub shuffle: bool,
+    /// Whether rows are read and tokenised while training, in bounded memory.
+    pub streaming: bool,
+    /// Rows that are held and shuffled together when streaming.
+    pub shuffle_buffer: usize,
+    /// What becomes of rows that cannot be read.
+    pub on_bad_row: OnBadRow,
+    /// Clauses of the mask contract that do not hold for this dataset.
+    pub waive: Vec<Clause>,
+    /// Where tokenised datasets are kept; the user's cache directory when `None`.
+    pub cache_dir: Option<PathBuf>,
+    /// Most that is kept there, in GiB; 0 keeps nothing.
+    pub cache_limit: f64,
+}
+
+/// Rows from one place.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct SourcePlan {
+    /// A file, a directory, a pattern, or `hf://owner/name`.
+    pub path: String,
+    /// Format of its rows; the dataset's when `None`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub format: Option<DataFormat>,
+    /// How often an epoch sees each of its rows.
+    #[serde(default = "once", skip_serializing_if = "is_once")]
+    pub weight: f64,
+    /// lorafit's name of a field → the rows' own.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub fields: BTreeMap<String, String>,
+    /// Configuration of a dataset of the hub.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub config: Option<String>,
+    /// Split of a dataset of the hub; `train` when `None`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub split: Option<String>,
+    /// Branch, tag or commit of a dataset of the hub; `main` when `None`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub revision: Option<String>,
+    /// What a row of a text file is.
+    #[serde(default, skip_serializing_if = "SampleBy::is_line")]
+    pub sample_by: SampleBy,
+}
+
+impl SourcePlan {
+    /// A path with nothing else said.
+    pub fn new(path: impl Into<String>) -> Self {
+        Self {
+            path: path.into(),
+            format: None,
+            weight: 1.0,
+            fields: BTreeMap::new(),
+            config: None,
+            split: None,
+            revision: None,
+            sample_by: SampleBy::Line,
+        }
+    }
+}
+
+fn once() -> f64 {
+    1.0
+}
+
+fn is_once(weight: &f64) -> bool {
+    *weight == 1.0
+}
+
+/// What a row of a text file is (`sample_by` of Hugging Face's `datasets`).
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum SampleBy {
+    /// A line.
+    #[default]
+    Line,
+    /// Lines up to a blank one.
+    Paragraph,
+    /// The whole file.
+    Document,
+}
+
+impl SampleBy {
+    fn is_line(&self) -> bool {
+        *self == Self::Line
+    }
 }
 
 /// Format of dataset rows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[serde(rename_all = "snake_case")]
 pub enum DataFormat {
     /// Told from the keys of the first row.
     Auto,
     /// `{"messages": [{"role": …, "content": …}, …]}`
     Messages,
+    /// `{"conversations": [{"from": …, "value": …}, …]}`
+    Sharegpt,
     /// `{"instruction": …, "input": …, "output": …}`
     Alpaca,
+    /// `{"prompt": …, "completion": …}`
+    PromptCompletion,
     /// `{"text": …}`
     Text,
+    /// `{"input_ids": …, "labels": …}`
+    Tokens,
+    /// `{"prompt": …, "chosen": …, "rejected": …}`
+    Preference,
+}
+
+impl DataFormat {
+    /// The name in a recipe.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::Messages => "messages",
+            Self::Sharegpt => "sharegpt",
+            Self::Alpaca => "alpaca",
+            Self::PromptCompletion => "prompt_completion",
+            Self::Text => "text",
+            Self::Tokens => "tokens",
+            Self::Preference => "preference",
+        }
+    }
+}
+
+/// What becomes of samples longer than `max_seq_len`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Truncate {
+    /// Their end is cut off.
+    Right,
+    /// Their beginning is cut off, behind BOS.
+    Left,
+    /// They are left out.
+    Drop,
+    /// They stop the run.
+    Fail,
+}
+
+impl std::fmt::Display for Truncate {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Right => "right",
+            Self::Left => "left",
+            Self::Drop => "drop",
+            Self::Fail => "fail",
+        })
+    }
+}
+
+/// Whether several samples share a row.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Packing {
+    /// Each sample is a row of its own.
+    #[serde(rename = "false")]
+    Off,
+    /// Whole samples fill rows.
+    #[serde(rename = "true")]
+    On,
+    /// As [`Packing::On`], and what does not fit goes on in the next row.
+    #[serde(rename = "wrap")]
+    Wrap,
+}
+
+/// What becomes of rows that cannot be read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OnBadRow {
+    /// They stop the run.
+    Fail,
+    /// They are left out, counted and listed.
+    Skip,
+}
+
+/// A clause of the mask contract: what must hold for each row that trains.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Clause {
+    /// Each trained turn ends with a labelled token on which generation stops.
+    EndOfTurn,
+    /// A row has one beginning-of-sequence token, where the model has one.
+    Bos,
+    /// The padding token carries no label anywhere.
+    Pad,
+    /// Something trains.
+    Labels,
+    /// The token that ends turns is what `generation_config.json` and the tokenizer say.
+    StopToken,
+}
+
+impl Clause {
+    /// All of them.
+    pub const ALL: [Self; 5] = [
+        Self::EndOfTurn,
+        Self::Bos,
+        Self::Pad,
+        Self::Labels,
+        Self::StopToken,
+    ];
+
+    /// The name in a recipe.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::EndOfTurn => "end_of_turn",
+            Self::Bos => "bos",
+            Self::Pad => "pad",
+            Self::Labels => "labels",
+            Self::StopToken => "stop_token",
+        }
+    }
 }
 
 /// Which weights train.

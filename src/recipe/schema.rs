@@ -6,9 +6,9 @@
 
 use serde_json::{Map, Value as Json, json};
 
-use super::check;
 pub use super::document::{commented_template, reference_markdown, template_names};
 pub use super::knobs::KNOBS;
+use super::{check, source};
 
 /// A knob: a value that a recipe may set.
 #[derive(Debug, Clone, Copy)]
@@ -47,8 +47,10 @@ pub enum Kind {
     Text,
     /// A model: directory, GGUF file or Hugging Face id.
     Model,
-    /// Path of a file that exists.
-    File,
+    /// A path of data, or a map with one.
+    Source,
+    /// The name of a chat template, or path of a file that exists.
+    ChatTemplate,
     /// Path of a directory that exists.
     Directory,
     /// Path of a directory that may have to be made.
@@ -114,7 +116,11 @@ impl Knob {
     /// The effect, the meaning of each word it may be, and the unit.
     pub fn describe(&self) -> String {
         let mut text = self.effect.to_owned();
-        if let Kind::Choice(words) = self.kind {
+        let kind = match self.kind {
+            Kind::List(item, _) => *item,
+            kind => kind,
+        };
+        if let Kind::Choice(words) = kind {
             let words: Vec<_> = words
                 .iter()
                 .map(|(word, meaning)| format!("`{word}`: {meaning}"))
@@ -180,7 +186,8 @@ impl Kind {
         match self {
             Kind::Text => "text".into(),
             Kind::Model => "a directory, a `.gguf` file or a Hugging Face model id".into(),
-            Kind::File => "a file".into(),
+            Kind::Source => "a file, a directory, a pattern or `hf://owner/name`".into(),
+            Kind::ChatTemplate => "the name of a chat template or a file".into(),
             Kind::Directory | Kind::NewDirectory => "a directory".into(),
             Kind::Choice(words) => {
                 let words: Vec<_> = words.iter().map(|(word, _)| format!("`{word}`")).collect();
@@ -202,13 +209,18 @@ impl Kind {
         }
     }
 
-    fn json_schema(&self) -> Json {
+    pub(super) fn json_schema(&self) -> Json {
         match self {
-            Kind::Text | Kind::Model | Kind::File | Kind::Directory | Kind::NewDirectory => {
+            Kind::Source => source::json_schema(),
+            Kind::Text
+            | Kind::Model
+            | Kind::ChatTemplate
+            | Kind::Directory
+            | Kind::NewDirectory => {
                 json!({"type": "string", "minLength": 1})
             }
             Kind::Choice(words) => {
-                let words: Vec<_> = words.iter().map(|(word, _)| *word).collect();
+                let words: Vec<_> = words.iter().map(|(word, _)| word_json(word)).collect();
                 json!({ "enum": words })
             }
             Kind::Boolean => json!({"type": "boolean"}),
@@ -240,6 +252,12 @@ impl Kind {
             }
         }
     }
+}
+
+/// A word as YAML reads it: `true` and `false` are booleans.
+fn word_json(word: &str) -> Json {
+    word.parse::<bool>()
+        .map_or_else(|_| json!(word), Json::from)
 }
 
 fn range(min: Edge, max: Edge) -> String {

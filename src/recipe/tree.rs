@@ -12,6 +12,7 @@ use std::marker::PhantomData;
 use serde::de::{
     DeserializeSeed, Deserializer, EnumAccess, Error, MapAccess, SeqAccess, VariantAccess, Visitor,
 };
+use serde_json::Value as Json;
 
 /// Nodes plus bytes of text that a recipe may expand to, aliases resolved.
 const MAX_EXPANDED: usize = 4 << 20;
@@ -69,6 +70,44 @@ impl Node {
             Value::List(_) | Value::Map(_) | Value::Tagged(_) => "?".into(),
         }
     }
+
+    /// The value in JSON. What JSON cannot say becomes null, or a float where it is a number.
+    fn into_json(self) -> Json {
+        match self.value {
+            Value::Null | Value::Tagged(_) => Json::Null,
+            Value::Boolean(value) => value.into(),
+            Value::Integer(value) => match (i64::try_from(value), u64::try_from(value)) {
+                (Ok(value), _) => value.into(),
+                (_, Ok(value)) => value.into(),
+                _ => (value as f64).into(),
+            },
+            Value::Real(value) => value.into(),
+            Value::Text(value) => value.into(),
+            Value::List(items) => items.into_iter().map(Node::into_json).collect(),
+            Value::Map(entries) => {
+                let entries = entries.into_iter();
+                let entries = entries.map(|(key, value)| (key.into_key(), value.into_json()));
+                Json::Object(entries.collect())
+            }
+        }
+    }
+
+    /// The value as a key of JSON.
+    fn into_key(self) -> String {
+        match self.value {
+            Value::Text(text) => text,
+            _ => self.key_text(),
+        }
+    }
+}
+
+/// YAML of any origin, such as a dataset's card, as JSON; of a repeated key the last value counts.
+///
+/// # Errors
+/// What is wrong with it, in words; also when its aliases expand beyond all use.
+pub(crate) fn yaml_to_json(text: &str) -> Result<Json, String> {
+    let node = parse(text).map_err(|error| error.message)?;
+    Ok(node.map_or(Json::Null, Node::into_json))
 }
 
 /// The first 60 characters, on one line.
@@ -288,5 +327,16 @@ mod tests {
         let error = parse(&text).unwrap_err();
         assert!(error.message.contains("4 MiB") || error.message.contains("repetition"));
         assert!(parse("&a [*a]").is_err());
+    }
+
+    #[test]
+    fn yaml_becomes_json() {
+        let text =
+            "a: [1, -2.5, no, true, ~]\n1: {b: x}\na2: 99999999999999999999\na: 2\nt: !x 1\n";
+        let expected = serde_json::json!({"a": 2, "1": {"b": "x"}, "a2": 1e20, "t": null});
+        assert_eq!(yaml_to_json(text).unwrap(), expected);
+        assert_eq!(yaml_to_json("# nothing\n").unwrap(), Json::Null);
+        assert!(yaml_to_json("a: [").is_err());
+        assert!(yaml_to_json("---\na: 1\n---\nb: 2\n").is_err());
     }
 }
