@@ -5,20 +5,23 @@
 //! The modules below stand in the order in which data passes through them:
 //!
 //! 1. [`recipe`]: a YAML recipe becomes a [`recipe::Plan`], every knob resolved once.
-//! 2. [`data`]: dataset rows become conversations, rendered text, then token ids with labels,
+//! 2. [`hub`]: base models and datasets that are not on this machine are downloaded.
+//! 3. [`data`]: dataset rows become conversations, rendered text, then token ids with labels,
 //!    and at last padded batches.
-//! 3. [`quant`]: the GGUF container and its block formats, read and dequantised.
-//! 4. [`kernels`]: the tensor operations that matter, each with its plain reference and backward.
-//! 5. [`nn`]: layers made of those operations.
-//! 6. [`model`]: a base model's configuration and weights become a causal language model.
-//! 7. [`adapter`]: low-rank deltas are injected into it, loaded, and merged.
-//! 8. [`train`]: batches become losses, gradients, optimizer steps and run states.
-//! 9. [`infer`]: the model writes text, with a KV cache.
-//! 10. [`export`]: adapters and merged models go to disk, atomically.
-//! 11. [`cli`]: the commands; the only place that prints.
+//! 4. [`quant`]: the GGUF container and its block formats, read and dequantised.
+//! 5. [`kernels`]: the tensor operations that matter, each with its plain reference and backward.
+//! 6. [`nn`]: layers made of those operations.
+//! 7. [`model`]: a base model's configuration and weights become a causal language model.
+//! 8. [`adapter`]: low-rank deltas are injected into it, loaded, and merged.
+//! 9. [`train`]: batches become losses, gradients, optimizer steps and run states.
+//! 10. [`infer`]: the model writes text, with a KV cache.
+//! 11. [`export`]: adapters and merged models go to disk, atomically.
+//! 12. [`cli`]: the commands; the only place that prints.
 #![warn(missing_docs)]
 
 pub mod recipe;
+
+pub mod hub;
 
 pub mod data;
 

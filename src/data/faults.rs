@@ -1,10 +1,14 @@
-//! What can be wrong with a dataset, in words that name file, line and remedy.
+//! What can be wrong with a dataset, in words that name file, line and remedy; [`RowError`] is what
+//! can be wrong with a row.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::template::TemplateError;
+use super::reader::Place;
+pub use super::row_error::RowError;
+use crate::hub::HubError;
+use crate::recipe::plan::OnBadRow;
 
 /// How many bad rows an error shows.
 const SHOWN_ROWS: usize = 10;
@@ -36,7 +40,7 @@ pub enum DataError {
     },
     /// Rows that cannot be trained on.
     #[error("{0}")]
-    BadRows(BadRows),
+    BadRows(RowFaults),
     /// `max_seq_len` beyond what the model can place.
     #[error(
         "data.max_seq_len is {max_seq_len}, but the model has positions for {position_limit} tokens only; set data.max_seq_len to {position_limit} or less"
@@ -49,16 +53,58 @@ pub enum DataError {
     },
     /// Truncation left nothing to train on.
     #[error(
-        "no {split} row is left: data.max_seq_len = {max_seq_len} cuts off every trained token of all {dropped} rows; raise it"
+        "no {split} row is left: data.max_seq_len = {max_seq_len} cuts off every trained token of all {dropped} rows{}; raise it",
+        left_out(*other)
     )]
     NothingLeft {
         /// `training` or `validation`.
         split: &'static str,
-        /// Rows that lost all their labels.
+        /// Rows that were left out for their length.
         dropped: usize,
+        /// Rows that were left out because they are bad or have nothing to train.
+        other: usize,
         /// The recipe's limit.
         max_seq_len: usize,
     },
+    /// A source without files.
+    #[error(
+        "there is no dataset file in {path}; expected .jsonl, .json, .csv, .tsv, .parquet or .txt, also with .gz or .zst"
+    )]
+    NoFiles {
+        /// The source's path.
+        path: String,
+    },
+    /// A file that is written to while it is read.
+    #[error("{path} changes while it is read; try again when it is complete", path = path.display())]
+    Changed {
+        /// The file.
+        path: PathBuf,
+    },
+    /// Ids that the model has no embedding for, found while streaming.
+    #[error(
+        "{row}: token id {id} is not in the model's vocabulary of {vocab_size}; the tokenizer does not belong to this model"
+    )]
+    OutsideVocabulary {
+        /// Where the row stands.
+        row: String,
+        /// The id.
+        id: u32,
+        /// Embeddings of the model.
+        vocab_size: usize,
+    },
+    /// A stream without a single sample.
+    #[error(
+        "data.streaming: no row of the whole data can be trained on; `lorafit data preview` shows why"
+    )]
+    EmptyStream,
+    /// Preference pairs, which no objective trains on yet.
+    #[error(
+        "preference pairs cannot be trained on yet: rows of `prompt`, `chosen` and `rejected` can be looked at with `lorafit data preview`; to train on the chosen answers map them, `fields: {{messages: chosen}}` or `{{completion: chosen}}`"
+    )]
+    Preference,
+    /// A dataset of the hub cannot be had.
+    #[error(transparent)]
+    Hub(#[from] HubError),
     /// Too few rows to hold some out.
     #[error(
         "data.validation_fraction needs at least 2 rows to split, found {rows}; set it to 0 or add rows"
@@ -67,28 +113,145 @@ pub enum DataError {
         /// Rows that can train.
         rows: usize,
     },
+    /// A row that takes too much memory.
+    #[error("{path}:{place}: the row that begins here is larger than {limit}, which no row may be; is a quote or bracket left open?", path = path.display(), limit = size(*limit))]
+    RowTooLarge {
+        /// The file.
+        path: PathBuf,
+        /// Where the row begins.
+        place: Place,
+        /// The most bytes of a row.
+        limit: usize,
+    },
+    /// A packed file that does not unpack.
+    #[error("cannot unpack dataset {path}: its {packing} data are cut off or damaged ({source}); download it, or pack it, again", path = path.display())]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// `gzip` or `zstd`.
+        packing: &'static str,
+        /// What the decoder says.
+        source: std::io::Error,
+    },
+    /// A file that is no known kind of dataset.
+    #[error("cannot tell what kind of dataset {path} is, from its name or its content; known are .jsonl, .ndjson, .json, .csv, .tsv, .parquet, .txt and .md, the text formats also with .gz or .zst behind", path = path.display())]
+    UnknownKind {
+        /// The file.
+        path: PathBuf,
+    },
+    /// The first line of a table.
+    #[error("{path}:{line}: the header {reason}", path = path.display())]
+    BadHeader {
+        /// The file.
+        path: PathBuf,
+        /// Line of the header.
+        line: u64,
+        /// What it does, and the remedy.
+        reason: String,
+    },
+    /// A Parquet file that cannot be read.
+    #[error("cannot read Parquet file {path}: {message}", path = path.display())]
+    Parquet {
+        /// The file.
+        path: PathBuf,
+        /// The row, if any, and what is wrong.
+        message: String,
+    },
+    /// A Parquet file inside of something that cannot be read from the end.
+    #[error("{path} is a Parquet file packed with {packing}; unpack it first (Parquet is compressed inside)", path = path.display())]
+    PackedParquet {
+        /// The file.
+        path: PathBuf,
+        /// `gzip` or `zstd`.
+        packing: &'static str,
+    },
+    /// A field mapping of a name that lorafit does not read.
+    #[error("fields: `{name}` is no field of a row{nearest} Fields are {known}")]
+    UnknownField {
+        /// The name.
+        name: String,
+        /// The question whether another was meant, or a full stop.
+        nearest: String,
+        /// All names.
+        known: String,
+    },
+    /// A field mapping to nothing.
+    #[error(
+        "fields: `{name}` is read from `{key}`, which names no key; write a key, or keys of nested objects with dots between them"
+    )]
+    EmptyFieldKey {
+        /// lorafit's name.
+        name: String,
+        /// The dataset's.
+        key: String,
+    },
 }
 
 /// Rows that cannot be trained on: their number, and the first of them.
 #[derive(Debug, Default)]
-pub struct BadRows {
+pub struct RowFaults {
     /// How many.
     pub count: usize,
     /// The first ones, in the order of the files.
     pub shown: Vec<RowFault>,
 }
 
-impl BadRows {
-    /// Adds one.
-    pub fn push(&mut self, fault: RowFault) {
+impl RowFaults {
+    fn push(&mut self, fault: RowFault) {
         self.count += 1;
         if self.shown.len() < SHOWN_ROWS {
             self.shown.push(fault);
         }
     }
+
+    /// Adds those of a later part of the data.
+    pub fn append(&mut self, later: Self) {
+        let room = SHOWN_ROWS.saturating_sub(self.shown.len());
+        self.shown.extend(later.shown.into_iter().take(room));
+        self.count += later.count;
+    }
 }
 
-impl fmt::Display for BadRows {
+/// Sorts the faults of rows into those that stop the run and those that are left out.
+#[derive(Debug)]
+pub struct BadRows {
+    on_bad_row: OnBadRow,
+    stopping: RowFaults,
+    skipped: RowFaults,
+}
+
+impl BadRows {
+    /// None yet.
+    pub fn new(on_bad_row: OnBadRow) -> Self {
+        Self {
+            on_bad_row,
+            stopping: RowFaults::default(),
+            skipped: RowFaults::default(),
+        }
+    }
+
+    /// Adds one.
+    pub fn push(&mut self, fault: RowFault) {
+        if self.on_bad_row == OnBadRow::Skip && fault.reason.may_skip() {
+            self.skipped.push(fault);
+        } else {
+            self.stopping.push(fault);
+        }
+    }
+
+    /// The rows that are left out.
+    ///
+    /// # Errors
+    /// Rows that stop the run.
+    pub fn settle(self) -> Result<RowFaults, DataError> {
+        if self.stopping.count > 0 {
+            return Err(DataError::BadRows(self.stopping));
+        }
+        Ok(self.skipped)
+    }
+}
+
+impl fmt::Display for RowFaults {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match (self.count, self.shown.as_slice()) {
             (1, [only]) => write!(f, "{only}"),
@@ -109,8 +272,8 @@ impl fmt::Display for BadRows {
 pub struct RowFault {
     /// The file.
     pub file: Arc<Path>,
-    /// Line of the row's beginning, from 1.
-    pub line: usize,
+    /// Where the row begins.
+    pub place: Place,
     /// What is wrong.
     pub reason: RowError,
 }
@@ -118,161 +281,40 @@ pub struct RowFault {
 impl fmt::Display for RowFault {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (file, reason) = (self.file.display(), &self.reason);
-        match reason {
+        match (reason, self.place) {
             // The line inside the row matters where a row spans several.
-            RowError::Json { line, column, .. } => {
-                write!(f, "{file}:{}:{column}: {reason}", self.line + line - 1)
+            (RowError::Json { line, column, .. }, Place::Line(first)) => {
+                write!(f, "{file}:{}:{column}: {reason}", first + *line as u64 - 1)
             }
-            _ => write!(f, "{file}:{}: {reason}", self.line),
+            (_, place) => write!(f, "{file}:{place}: {reason}"),
+        }?;
+        match reason.clause() {
+            Some(clause) => write!(
+                f,
+                " (mask contract, clause `{0}`; `data.waive: [{0}]` lets such rows train)",
+                clause.name()
+            ),
+            None => Ok(()),
         }
     }
 }
 
-/// What is wrong with one row.
-#[derive(Debug, thiserror::Error)]
-pub enum RowError {
-    /// Bytes that are no text.
-    #[error("not UTF-8 text (first wrong byte at {offset} of the row); save the file as UTF-8")]
-    NotUtf8 {
-        /// Byte of the row, from 0.
-        offset: usize,
-    },
-    /// Text that is no JSON.
-    #[error("not valid JSON: {message}")]
-    Json {
-        /// Line inside the row, from 1.
-        line: usize,
-        /// Column, from 1.
-        column: usize,
-        /// What the parser says.
-        message: String,
-    },
-    /// JSON that is no object.
-    #[error("a row must be a JSON object, found {found}")]
-    NotAnObject {
-        /// The JSON type.
-        found: &'static str,
-    },
-    /// Keys that tell no format.
-    #[error(
-        "cannot tell the format of this row from its keys ({keys}); supported are `messages`, `instruction` with `output`, and `text`"
-    )]
-    UnknownFormat {
-        /// The keys of the row.
-        keys: String,
-    },
-    /// A key that must be there.
-    #[error("`{key}` is missing")]
-    Missing {
-        /// Path of the key in the row.
-        key: String,
-    },
-    /// A value of the wrong type.
-    #[error("`{key}` must be {expected}, found {found}")]
-    WrongType {
-        /// Path of the key in the row.
-        key: String,
-        /// What it must be.
-        expected: &'static str,
-        /// The JSON type found.
-        found: &'static str,
-    },
-    /// A value that must hold something.
-    #[error("`{key}` is empty")]
-    Blank {
-        /// Path of the key in the row.
-        key: String,
-    },
-    /// A role that no chat template knows.
-    #[error("`{key}` is `{found}`; roles are system, user, assistant and tool")]
-    UnknownRole {
-        /// Path of the key in the row.
-        key: String,
-        /// What was found.
-        found: String,
-    },
-    /// A feature that would change what trains, and is not there yet.
-    #[error("`{key}`: {feature} not supported yet; remove the row or the key")]
-    Unsupported {
-        /// Path of the key in the row.
-        key: String,
-        /// Subject and verb.
-        feature: &'static str,
-    },
-    /// Nothing to learn from.
-    #[error(
-        "all labels are masked: the conversation has no assistant turn; add one, or set data.train_on_inputs"
-    )]
-    NoAssistantTurn,
-    /// Nothing to learn from.
-    #[error("all labels are masked: no token of the row would train")]
-    AllMasked,
-    /// A chat row for a model without a chat template.
-    #[error(
-        "the tokenizer has no chat template to render `messages` with; name a Jinja file in data.chat_template"
-    )]
-    NoChatTemplate,
-    /// The template failed.
-    #[error(transparent)]
-    Template(#[from] TemplateError),
-    /// The tokenizer failed.
-    #[error("the tokenizer fails on this row: {message}")]
-    Tokenizer {
-        /// What it says.
-        message: String,
-    },
-    /// Assistant spans that cannot be told exactly.
-    #[error(
-        "chat template {template} renders message {message} differently in the whole conversation than at its end, so the tokens of assistant turns cannot be told exactly; mark them with `generation` blocks in a template of your own (data.chat_template), or set data.train_on_inputs"
-    )]
-    InexactSpans {
-        /// The template's name.
-        template: String,
-        /// Index of the assistant message.
-        message: usize,
-    },
-    /// A turn that generation would never end.
-    #[error(
-        "chat template {template} ends assistant turn {turn} with {found}, which is not a labelled token that generation stops on ({stop}); end the turn (inside its `generation` block, if any) with one of these, or add the template's end-of-turn token to eos_token_id in generation_config.json"
-    )]
-    NoEndOfTurn {
-        /// The template's name.
-        template: String,
-        /// Number of the turn, from 1.
-        turn: usize,
-        /// The text of the last token of the turn.
-        found: String,
-        /// The texts of the stop tokens.
-        stop: String,
-    },
-    /// Two BOS tokens.
-    #[error(
-        "the row starts with {token} twice: remove it from the text, or from the chat template"
-    )]
-    DoubleBos {
-        /// The token's text.
-        token: String,
-    },
-    /// A text row needs an end.
-    #[error(
-        "the tokenizer names no end-of-sequence token, so the end of a row cannot be learned; set eos_token in tokenizer_config.json"
-    )]
-    NoEos,
-}
-
-/// The JSON type of a value, for errors.
-pub(super) fn type_name(value: &serde_json::Value) -> &'static str {
-    match value {
-        serde_json::Value::Null => "null",
-        serde_json::Value::Bool(_) => "a boolean",
-        serde_json::Value::Number(_) => "a number",
-        serde_json::Value::String(_) => "a string",
-        serde_json::Value::Array(_) => "an array",
-        serde_json::Value::Object(_) => "an object",
+fn left_out(rows: usize) -> String {
+    match rows {
+        0 => String::new(),
+        rows => format!(" that could be read, and {rows} others are bad or have nothing to train"),
     }
 }
 
 fn list(files: &[PathBuf]) -> String {
     let names: Vec<String> = files.iter().map(|f| f.display().to_string()).collect();
     names.join(", ")
+}
+
+/// A number of bytes, in MiB where it is whole.
+fn size(bytes: usize) -> String {
+    match (bytes >> 20, bytes % (1 << 20)) {
+        (mib @ 1.., 0) => format!("{mib} MiB"),
+        _ => format!("{bytes} bytes"),
+    }
 }

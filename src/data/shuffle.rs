@@ -7,12 +7,19 @@
 
 use crate::random::{GOLDEN_GAMMA, finalize};
 
-/// The stream that splits off validation rows; epochs count from 0 and never reach it.
+/// The stream that splits off validation rows; epochs count from 0 and never reach it, nor any of
+/// those below.
 pub(super) const SPLIT_STREAM: u64 = u64::MAX;
+/// Streams that order the rows of packed samples, combined with the epoch.
+pub(super) const PIECE_STREAM: u64 = 1 << 63;
+/// Streams that order micro-batches of like length, combined with epoch and window.
+pub(super) const GROUP_STREAM: u64 = 1 << 62;
+/// Streams that choose among the samples of a source, combined with its number.
+pub(super) const WEIGHT_STREAM: u64 = 1 << 61;
 
 /// A random permutation of `0..count`, determined by seed and stream (the epoch).
 pub fn permutation(count: usize, seed: u64, stream: u64) -> Vec<usize> {
-    let mut random = SplitMix64(finalize(seed) ^ finalize(stream.wrapping_add(GOLDEN_GAMMA)));
+    let mut random = SplitMix64::new(finalize(seed) ^ finalize(stream.wrapping_add(GOLDEN_GAMMA)));
     let mut order: Vec<usize> = (0..count).collect();
     for i in (1..count).rev() {
         order.swap(i, random.below(i + 1));
@@ -20,10 +27,14 @@ pub fn permutation(count: usize, seed: u64, stream: u64) -> Vec<usize> {
     order
 }
 
-struct SplitMix64(u64);
+pub(super) struct SplitMix64(u64);
 
 impl SplitMix64 {
-    fn next(&mut self) -> u64 {
+    pub(super) fn new(state: u64) -> Self {
+        Self(state)
+    }
+
+    pub(super) fn next(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(GOLDEN_GAMMA);
         finalize(self.0)
     }
@@ -47,7 +58,7 @@ mod tests {
 
     #[test]
     fn splitmix_gives_its_published_numbers() {
-        let mut random = SplitMix64(1_234_567);
+        let mut random = SplitMix64::new(1_234_567);
         assert_eq!(random.next(), 6_457_827_717_110_365_317);
         assert_eq!(random.next(), 3_203_168_211_198_807_973);
     }

@@ -14,7 +14,7 @@ pub enum Event {
         step: usize,
         /// Steps of the whole run.
         total_steps: usize,
-        /// Steps in one pass over the data.
+        /// Steps in one pass over the data; 0 where they are streamed.
         steps_per_epoch: usize,
         /// Numbers that train.
         trainable_parameters: usize,
@@ -39,6 +39,9 @@ pub enum Event {
         tokens: usize,
         /// Tokens that trained.
         trained_tokens: usize,
+        /// Share of the slots that held padding, in `[0, 1)`.
+        #[serde(default)]
+        padding: f64,
         /// Tokens per second of the step.
         tokens_per_second: f64,
         /// Memory in use: the process's on a CPU, the device pool's on a GPU. In bytes.
@@ -63,6 +66,15 @@ pub enum Event {
         prompt: String,
         /// The answer.
         text: String,
+    },
+    /// A stream left out rows that cannot be read.
+    Skipped {
+        /// Steps done.
+        step: usize,
+        /// How many.
+        rows: usize,
+        /// The first of them, and why.
+        shown: Vec<String>,
     },
     /// A run state was saved.
     Saved {
@@ -104,6 +116,7 @@ impl Event {
             | Self::Step { step, .. }
             | Self::Eval { step, .. }
             | Self::Sample { step, .. }
+            | Self::Skipped { step, .. }
             | Self::Saved { step, .. }
             | Self::EarlyStop { step, .. }
             | Self::Interrupted { step }

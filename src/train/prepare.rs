@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use crate::adapter::config::AdapterConfig;
 use crate::adapter::inject::{self, Init};
@@ -10,9 +10,10 @@ use crate::adapter::peft::{self, LoraPair};
 use crate::adapter::target::{self, ModuleAdapter, Targeting};
 use crate::data::tokenize::ChatTokenizer;
 use crate::data::{self, Dataset};
+use crate::hub;
 use crate::model::config::ModelConfig;
 use crate::model::weights::{self, Weights, WeightsError};
-use crate::model::{CausalLm, hub, names};
+use crate::model::{CausalLm, names};
 use crate::random::Stream;
 use crate::recipe::{AdapterMethod, BaseInit, Plan};
 
@@ -76,11 +77,11 @@ impl Findings {
 /// All that is wrong, as far as one fault does not hide another.
 pub fn prepare(
     plan: Plan,
-    progress: &mut dyn FnMut(hub::Progress),
+    progress: &mut dyn FnMut(data::Progress),
 ) -> Result<Prepared, PrepareError> {
     let mut findings = Findings::default();
-    let base = hub::locate(&plan.base.model, &plan.base.revision, progress)?;
-    let template = plan.data.chat_template.as_deref();
+    let base = locate(&plan, progress)?;
+    let template = plan.data.chat_template.as_deref().map(Path::new);
     let tokenizer = findings.take(ChatTokenizer::open(&base, template));
     let (config, weights) = open_weights(&plan, &base, &mut findings);
     let adapter = config
@@ -90,10 +91,14 @@ pub fn prepare(
         .as_ref()
         .map_or(usize::MAX, |config| config.max_position_embeddings);
     let dataset = tokenizer.as_ref().and_then(|tokenizer| {
-        findings.take(data::load(&plan.data, plan.train.seed, tokenizer, limit))
+        let seed = plan.train.seed;
+        findings.take(data::load(&plan.data, seed, tokenizer, limit, progress))
     });
     if let (Some(dataset), Some(config)) = (&dataset, &config) {
         check_vocabulary(dataset, config, &mut findings);
+        if dataset.holds_pairs() {
+            findings.0.push(data::DataError::Preference.to_string());
+        }
     }
     match (config, tokenizer, dataset) {
         (Some(config), Some(tokenizer), Some(dataset)) if findings.0.is_empty() => Ok(Prepared {
@@ -168,19 +173,29 @@ fn choose_adapters(
 
 /// A tokenizer with more ids than the model has embeddings would read past the table.
 fn check_vocabulary(dataset: &Dataset, config: &ModelConfig, findings: &mut Findings) {
-    let samples = dataset.train.iter().chain(&dataset.validation);
-    let outside = samples
-        .filter_map(|sample| {
-            let id = sample.input_ids.iter().copied().max()?;
-            (id as usize >= config.vocab_size).then_some((id, &sample.source))
-        })
-        .next();
-    if let Some((id, source)) = outside {
-        findings.0.push(format!(
-            "{source}: token id {id} is not in the model's vocabulary of {}; the tokenizer does not belong to this model",
-            config.vocab_size
-        ));
+    if let Some((id, source)) = dataset.outside(config.vocab_size) {
+        findings.0.push(
+            data::DataError::OutsideVocabulary {
+                row: source.to_string(),
+                id,
+                vocab_size: config.vocab_size,
+            }
+            .to_string(),
+        );
     }
+}
+
+/// Finds the base model of a plan.
+///
+/// # Errors
+/// There is none, or it cannot be downloaded.
+pub fn locate(
+    plan: &Plan,
+    progress: &mut dyn FnMut(data::Progress),
+) -> Result<PathBuf, hub::HubError> {
+    hub::locate(&plan.base.model, &plan.base.revision, &mut |event| {
+        progress(data::Progress::Download(event));
+    })
 }
 
 impl Prepared {
@@ -212,17 +227,12 @@ impl Prepared {
     /// same. Of each base tensor it sees name, shape and both ends, which any retraining changes.
     pub fn fingerprint(&self) -> String {
         let mut stream = Stream::new(self.dataset.train.len() as u64);
-        for sample in self.dataset.train.iter().chain(&self.dataset.validation) {
-            stream = stream.split(sample.input_ids.len() as u64);
-            for (&id, &label) in sample.input_ids.iter().zip(&sample.labels) {
-                stream = stream.split(u64::from(id) << 32 | u64::from(label as u32));
-            }
-        }
         let mut fold = |bytes: &[u8]| {
             for byte in bytes {
                 stream = stream.split(u64::from(*byte));
             }
         };
+        fold(self.dataset.key.as_bytes());
         let weights = self.weights.iter();
         for (weights, name) in weights.flat_map(|w| w.names().map(move |name| (w, name))) {
             fold(name.as_bytes());

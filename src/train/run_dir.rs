@@ -98,6 +98,22 @@ pub const MODEL: &str = "model";
 /// The model of the lowest validation loss, when that is not the last.
 pub const BEST_MODEL: &str = "model-best";
 
+/// Whether the directory can be claimed, without claiming it.
+///
+/// # Errors
+/// It holds something and `existing` does not allow for it.
+pub fn may_open(path: &Path, existing: Existing) -> Result<(), RunDirError> {
+    let has_run = path.join(RECIPE).exists();
+    if !write::is_taken(path) {
+        return Ok(());
+    }
+    match existing {
+        Existing::Refuse if has_run => Err(RunDirError::Taken(path.to_owned())),
+        _ if !has_run && !only_ours(path) => Err(RunDirError::NotARun(path.to_owned())),
+        _ => Ok(()),
+    }
+}
+
 impl RunDir {
     /// Claims the directory for this process and writes the recipe into it.
     ///
@@ -106,14 +122,8 @@ impl RunDir {
     /// recipe differs from the run's, or it cannot be written.
     pub fn open(plan: &Plan, existing: Existing) -> Result<Self, RunDirError> {
         let path = plan.output_dir.clone();
+        may_open(&path, existing)?;
         let has_run = path.join(RECIPE).exists();
-        if write::is_taken(&path) {
-            match existing {
-                Existing::Refuse if has_run => return Err(RunDirError::Taken(path)),
-                _ if !has_run && !only_ours(&path) => return Err(RunDirError::NotARun(path)),
-                _ => {}
-            }
-        }
         write::create_dir(&path)?;
         let lock = lock(&path)?;
         if existing == Existing::Overwrite {

@@ -2,7 +2,8 @@
 //!
 //! `step-N/state.json` holds the counters, `weights.safetensors` what trains,
 //! `optimizer.safetensors` the moments; all in f32, bit for bit. The order of the data and every
-//! random number are functions of the seed and the step, so no generator state is needed.
+//! random number are functions of the seed and the step, so no generator state is needed; streamed
+//! data have a cursor.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -14,6 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use super::event::Event;
 use super::optimizer::{AdamW, Moments};
+use crate::data::stream::Cursor;
 use crate::device::to_vec;
 use crate::export::safetensors::{SafetensorsWriter, TensorInfo, f32_bytes};
 use crate::export::write::{PartialDir, WriteError, atomic_bytes};
@@ -37,6 +39,9 @@ pub struct Progress {
     pub stopped_early: bool,
     /// Identifies the samples and the base model.
     pub inputs: String,
+    /// Where streamed data stand; the step says it all where they are not streamed.
+    #[serde(default)]
+    pub cursor: Option<Cursor>,
 }
 
 impl Progress {
@@ -50,6 +55,7 @@ impl Progress {
             loss: None,
             stopped_early: false,
             inputs,
+            cursor: None,
         }
     }
 

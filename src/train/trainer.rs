@@ -9,9 +9,9 @@ use super::run_dir::Metrics;
 use super::run_state::{self, Best, Progress};
 use super::schedule::Schedule;
 use super::{memory, step};
-use crate::data::Sample;
-use crate::data::loader::{Batch, Loader, collate};
+use crate::data::feed::{self, Feed};
 use crate::data::tokenize::ChatTokenizer;
+use crate::data::{DataError, SampleId, Split};
 use crate::export::write::WriteError;
 use crate::infer::{self, Sampling};
 use crate::model::CausalLm;
@@ -27,10 +27,12 @@ pub struct Trainer<'a> {
     pub optimizer: AdamW,
     /// Where the run stands.
     pub progress: Progress,
-    /// Training samples.
-    pub train: &'a [Sample],
+    /// Gives training samples.
+    pub feed: Feed<'a>,
     /// Validation samples.
-    pub validation: &'a [Sample],
+    pub validation: &'a Split,
+    /// Steps of the whole run.
+    pub total_steps: usize,
     /// For samples of text.
     pub tokenizer: &'a ChatTokenizer,
     /// The name of the device.
@@ -74,6 +76,14 @@ pub enum TrainError {
     /// A state or the metrics could not be written.
     #[error(transparent)]
     Write(#[from] WriteError),
+    /// Streamed rows could not be read or trained on.
+    #[error("step {step}: {error}; the last run state is kept")]
+    Data {
+        /// Steps done before it.
+        step: usize,
+        /// What is wrong.
+        error: DataError,
+    },
     /// A sample of text could not be made.
     #[error("cannot write a sample: {0}")]
     Sample(#[from] crate::data::tokenize::TokenizerError),
@@ -85,11 +95,10 @@ impl Trainer<'_> {
     /// # Errors
     /// The loss is not finite, or the disk fails.
     pub fn run(&mut self) -> Result<Outcome, TrainError> {
-        let loader = loader(self.plan, self.train.len());
-        let total_steps = total_steps(self.plan, &loader);
+        let total_steps = self.total_steps;
         let schedule = Schedule::new(&self.plan.train, total_steps);
         self.prune()?; // a kill may have come between saving and this
-        self.start(&loader, total_steps)?;
+        self.start()?;
         let mut saved = self.progress.clone();
         loop {
             let last = self.progress.step >= total_steps || self.progress.stopped_early;
@@ -104,45 +113,56 @@ impl Trainer<'_> {
             if last {
                 return Ok(Outcome::Complete);
             }
-            if (self.interrupted)() || !self.step(&loader, &schedule)? {
+            if (self.interrupted)() || !self.step(&schedule)? {
                 return self.interrupt(&mut saved);
             }
         }
     }
 
     /// One optimizer step; `false` when interrupted before it was complete.
-    fn step(&mut self, loader: &Loader, schedule: &Schedule) -> Result<bool, TrainError> {
+    fn step(&mut self, schedule: &Schedule) -> Result<bool, TrainError> {
         let begin = Instant::now();
         let number = self.progress.step;
-        let indices = loader.step(number);
-        let batches: Vec<Batch> = indices.iter().map(|rows| self.batch(rows)).collect();
+        let data = self.feed.step(number);
+        let data = data.map_err(|error| TrainError::Data {
+            step: number,
+            error,
+        })?;
+        self.report_skipped()?;
         let dropout = step::DropoutSeed {
             seed: self.plan.train.seed,
             step: number,
         };
-        let Some(mut result) =
-            step::gradients(&mut self.model, &batches, Some(dropout), self.interrupted)
-        else {
+        let Some(mut result) = step::gradients(
+            &mut self.model,
+            &data.batches,
+            Some(dropout),
+            self.interrupted,
+        ) else {
             return Ok(false);
         };
-        self.finite("loss", result.loss, &indices)?;
+        self.finite("loss", result.loss, &data.rows)?;
         let grad_norm = step::clip(&mut result.gradients, self.plan.train.max_grad_norm);
-        self.finite("gradient norm", grad_norm, &indices)?;
+        self.finite("gradient norm", grad_norm, &data.rows)?;
         let learning_rate = schedule.learning_rate(number);
         self.optimizer
             .step(&mut self.model, result.gradients, learning_rate);
         self.progress.step += 1;
         self.progress.loss = Some(result.loss);
+        self.progress.cursor = self.feed.cursor();
         let seconds = begin.elapsed().as_secs_f64();
-        let tokens: usize = batches.iter().flat_map(|batch| &batch.lengths).sum();
+        let lengths = data.batches.iter().flat_map(|batch| &batch.lengths);
+        let tokens: usize = lengths.sum();
+        let slots: usize = data.batches.iter().map(|b| b.input_ids.len()).sum();
         self.emit(Event::Step {
             step: self.progress.step,
-            epoch: self.progress.step as f64 / loader.steps_per_epoch() as f64,
+            epoch: self.feed.epoch(self.progress.step),
             loss: result.loss,
             learning_rate,
             grad_norm,
             tokens,
             trained_tokens: result.label_tokens,
+            padding: 1.0 - tokens as f64 / slots.max(1) as f64,
             tokens_per_second: tokens as f64 / seconds,
             memory_bytes: memory::in_use(self.model.device()),
             seconds,
@@ -182,11 +202,8 @@ impl Trainer<'_> {
 
     /// Mean token loss of the validation split; `None` when interrupted.
     fn validation_loss(&self) -> Result<Option<f64>, TrainError> {
-        let all: Vec<usize> = (0..self.validation.len()).collect();
-        let batches = all.chunks(self.plan.train.micro_batch_size).map(|rows| {
-            let samples: Vec<&Sample> = rows.iter().map(|&i| &self.validation[i]).collect();
-            collate(&samples, self.pad_id())
-        });
+        let vocab_size = self.model.config().vocab_size;
+        let batches = feed::once(self.plan, self.validation, self.tokenizer, vocab_size);
         let Some((loss, _)) = step::evaluate(&self.model, batches, self.interrupted) else {
             return Ok(None);
         };
@@ -296,7 +313,20 @@ impl Trainer<'_> {
             || self.progress.best.is_some_and(|best| best.step == step)
     }
 
-    fn start(&mut self, loader: &Loader, total_steps: usize) -> Result<(), TrainError> {
+    /// Tells of rows that a stream left out on the way.
+    fn report_skipped(&mut self) -> Result<(), TrainError> {
+        let skipped = self.feed.take_skipped();
+        if skipped.count == 0 {
+            return Ok(());
+        }
+        self.emit(Event::Skipped {
+            step: self.progress.step,
+            rows: skipped.count,
+            shown: skipped.shown.iter().map(ToString::to_string).collect(),
+        })
+    }
+
+    fn start(&mut self) -> Result<(), TrainError> {
         let (mut trainable, mut all) = (0, 0);
         self.model.visit(&mut |_, parameter| {
             let n: usize = parameter.shape().iter().product();
@@ -307,40 +337,19 @@ impl Trainer<'_> {
         });
         self.emit(Event::Start {
             step: self.progress.step,
-            total_steps,
-            steps_per_epoch: loader.steps_per_epoch(),
+            total_steps: self.total_steps,
+            steps_per_epoch: self.feed.steps_per_epoch().unwrap_or(0),
             trainable_parameters: trainable,
             parameters: all,
             device: self.device.clone(),
         })
     }
 
-    fn batch(&self, rows: &[usize]) -> Batch {
-        let samples: Vec<&Sample> = rows.iter().map(|&row| &self.train[row]).collect();
-        collate(&samples, self.pad_id())
-    }
-
-    /// Pads carry no label and are seen by no real token: any id of the vocabulary will do.
-    fn pad_id(&self) -> u32 {
-        let pad = self.tokenizer.pad_id();
-        if (pad as usize) < self.model.config().vocab_size {
-            pad
-        } else {
-            0
-        }
-    }
-
-    fn finite(
-        &self,
-        what: &'static str,
-        value: f64,
-        indices: &[Vec<usize>],
-    ) -> Result<(), TrainError> {
+    fn finite(&self, what: &'static str, value: f64, rows: &[SampleId]) -> Result<(), TrainError> {
         if value.is_finite() {
             return Ok(());
         }
-        let rows = indices.iter().flatten();
-        let rows: Vec<String> = rows.map(|&i| self.train[i].source.to_string()).collect();
+        let rows: Vec<String> = rows.iter().map(ToString::to_string).collect();
         Err(TrainError::NotFinite {
             step: self.progress.step,
             what,
@@ -360,19 +369,8 @@ fn every(steps: usize, step: usize) -> bool {
     steps > 0 && step > 0 && step.is_multiple_of(steps)
 }
 
-/// The order of the training samples.
-pub fn loader(plan: &Plan, samples: usize) -> Loader {
-    Loader::new(
-        samples,
-        plan.train.micro_batch_size,
-        plan.train.gradient_accumulation_steps,
-        plan.train.seed,
-        plan.data.shuffle,
-    )
-}
-
 /// Steps of the whole run.
-pub fn total_steps(plan: &Plan, loader: &Loader) -> usize {
-    let by_epochs = || (plan.train.num_epochs * loader.steps_per_epoch() as f64).ceil() as usize;
+pub fn total_steps(plan: &Plan, train: &Split) -> usize {
+    let by_epochs = || feed::loader(plan, train).steps(plan.train.num_epochs);
     plan.train.max_steps.unwrap_or_else(by_epochs)
 }

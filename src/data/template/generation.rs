@@ -9,7 +9,7 @@ use std::sync::LazyLock;
 use regex::Regex;
 use serde_json::{Map, Value as Json};
 
-use super::template::{Rendered, Request};
+use super::{Rendered, Request};
 
 /// The filter that a block becomes.
 pub(super) const FILTER: &str = "lorafit_generation";
@@ -105,7 +105,7 @@ pub(super) fn take(marked: &str, (begin, end): (char, char)) -> Option<Rendered>
 
 #[cfg(test)]
 mod tests {
-    use super::super::template::tests::render;
+    use crate::data::template::tests::render;
     use serde_json::json;
 
     #[test]

@@ -11,24 +11,40 @@ use minijinja::{Error, ErrorKind};
 /// Nested deeper than this, a value is refused rather than written (the stack is finite).
 const MAX_DEPTH: usize = 200;
 
+/// Bytes beyond which a value is refused: a list that holds another twice, which holds another
+/// twice …, is small in memory and endless when written.
+const MAX_TEXT: usize = 64 << 20;
+
+/// Refuses a value that is nested too deeply or gets too long.
+fn check_size(out: &str, depth: usize) -> Result<(), Error> {
+    let message = if depth > MAX_DEPTH {
+        "value is nested too deeply to be written"
+    } else if out.len() > MAX_TEXT {
+        "value is too large to be written"
+    } else {
+        return Ok(());
+    };
+    Err(Error::new(ErrorKind::BadSerialization, message))
+}
+
 /// `str(value)`.
-pub fn str(value: &Value) -> String {
+///
+/// # Errors
+/// The value is nested too deeply or too large.
+pub fn str(value: &Value) -> Result<String, Error> {
     match value.as_str() {
-        Some(text) => text.to_owned(),
+        Some(text) => Ok(text.to_owned()),
         None => {
             let mut out = String::new();
-            repr(value, &mut out, 0);
-            out
+            repr(value, &mut out, 0)?;
+            Ok(out)
         }
     }
 }
 
 /// Appends `repr(value)`.
-fn repr(value: &Value, out: &mut String, depth: usize) {
-    if depth > MAX_DEPTH {
-        out.push_str("...");
-        return;
-    }
+fn repr(value: &Value, out: &mut String, depth: usize) -> Result<(), Error> {
+    check_size(out, depth)?;
     match value.kind() {
         ValueKind::None => out.push_str("None"),
         ValueKind::Undefined => {}
@@ -36,30 +52,32 @@ fn repr(value: &Value, out: &mut String, depth: usize) {
         ValueKind::Number => out.push_str(&number(value)),
         ValueKind::String => repr_string(value.as_str().unwrap_or_default(), out),
         ValueKind::Seq => {
-            let (open, close) = if value.is_tuple() {
-                ('(', ')')
-            } else {
-                ('[', ']')
-            };
-            out.push(open);
-            for (i, item) in value.try_iter().into_iter().flatten().enumerate() {
+            let tuple = value.is_tuple();
+            out.push(if tuple { '(' } else { '[' });
+            for (i, item) in value.try_iter()?.enumerate() {
                 out.push_str(if i > 0 { ", " } else { "" });
-                repr(&item, out, depth + 1);
+                repr(&item, out, depth + 1)?;
             }
-            out.push(close);
+            // A tuple of one is told from a value in parentheses by its comma.
+            out.push_str(match (tuple, value.len()) {
+                (true, Some(1)) => ",)",
+                (true, _) => ")",
+                (false, _) => "]",
+            });
         }
         ValueKind::Map => {
             out.push('{');
-            for (i, key) in value.try_iter().into_iter().flatten().enumerate() {
+            for (i, key) in value.try_iter()?.enumerate() {
                 out.push_str(if i > 0 { ", " } else { "" });
-                repr(&key, out, depth + 1);
+                repr(&key, out, depth + 1)?;
                 out.push_str(": ");
-                repr(&value.get_item(&key).unwrap_or_default(), out, depth + 1);
+                repr(&value.get_item(&key)?, out, depth + 1)?;
             }
             out.push('}');
         }
         _ => out.push_str(&value.to_string()),
     }
+    Ok(())
 }
 
 /// Appends a string literal with the quotes that Python would choose.
@@ -143,12 +161,7 @@ fn write_json(
     out: &mut String,
     depth: usize,
 ) -> Result<(), Error> {
-    if depth > MAX_DEPTH {
-        return Err(Error::new(
-            ErrorKind::BadSerialization,
-            "value is nested too deeply for tojson",
-        ));
-    }
+    check_size(out, depth)?;
     match value.kind() {
         ValueKind::None => out.push_str("null"),
         ValueKind::Bool => out.push_str(if value.is_true() { "true" } else { "false" }),
@@ -171,7 +184,7 @@ fn write_json(
                 keys.sort();
             }
             write_items(('{', '}'), keys.len(), style, out, depth, |i, out| {
-                json_string(&json_key(&keys[i]), style, out);
+                json_string(&json_key(&keys[i])?, style, out);
                 out.push_str(&style.key_separator);
                 write_json(&value.get_item(&keys[i])?, style, out, depth + 1)
             })?;
@@ -187,10 +200,10 @@ fn write_json(
 }
 
 /// Keys that are no strings are written as `json.dumps` converts them.
-fn json_key(key: &Value) -> String {
+fn json_key(key: &Value) -> Result<String, Error> {
     match key.kind() {
-        ValueKind::None => "null".to_owned(),
-        ValueKind::Bool => key.is_true().to_string(),
+        ValueKind::None => Ok("null".to_owned()),
+        ValueKind::Bool => Ok(key.is_true().to_string()),
         _ => str(key),
     }
 }
@@ -274,11 +287,26 @@ mod tests {
             Value::from("it's"),
             Value::from(1),
         ]);
-        assert_eq!(str(&list), "[True, None, \"it's\", 1]");
-        assert_eq!(
-            str(&Value::from_pairs([("a", Value::from("b"))])),
-            "{'a': 'b'}"
-        );
-        assert_eq!(str(&Value::UNDEFINED), "");
+        assert_eq!(str(&list).unwrap(), "[True, None, \"it's\", 1]");
+        let object = Value::from_pairs([("a", Value::from("b"))]);
+        assert_eq!(str(&object).unwrap(), "{'a': 'b'}");
+        assert_eq!(str(&Value::UNDEFINED).unwrap(), "");
+    }
+
+    #[test]
+    fn values_that_would_never_end_are_refused() {
+        let mut list = Value::from(vec![1]);
+        for _ in 0..60 {
+            list = Value::from(vec![list.clone(), list]);
+        }
+        assert!(str(&list).is_err());
+        let style = JsonStyle {
+            indent: None,
+            ensure_ascii: false,
+            sort_keys: false,
+            item_separator: ", ".to_owned(),
+            key_separator: ": ".to_owned(),
+        };
+        assert!(json(&list, &style).is_err());
     }
 }

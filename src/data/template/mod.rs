@@ -5,23 +5,35 @@
 //! keeps key order and escapes neither HTML nor non-ASCII, Python's string methods, undefined
 //! variables that are falsy and print as nothing, and `{% generation %}` blocks.
 //!
+//! Not covered: `'…' % values`, `varargs` and `kwargs` of macros, `safe` strings that escape what is
+//! added to them, and filters for web pages (`urlize`, `striptags` …). Loops over `none` are empty
+//! here where Python fails.
+//!
+//! `generation` finds what the assistant wrote; `python` and `python_methods` are the Python that
+//! templates expect.
+//!
 //! A template comes with a model from the internet, so it runs on a budget of work and memory and
 //! with bounded recursion: it can fail but neither hang nor fill the memory.
+
+mod generation;
+mod python;
+mod python_methods;
 
 use std::ops::Range;
 
 use minijinja::syntax::SyntaxConfig;
-use minijinja::value::{Kwargs, Rest, Value};
+use minijinja::value::{Kwargs, Rest, Value, ValueKind};
 use minijinja::{Environment, ErrorKind, UndefinedBehavior};
 use serde_json::{Map, Value as Json};
-
-use super::{generation, python};
 
 /// Name of the one template in its environment.
 const TEMPLATE: &str = "chat";
 
 /// Instructions (or 64-byte pieces of data) that one rendering may cost: about a second.
 const FUEL: u64 = 20_000_000;
+
+/// Most spaces a level that `tojson` indents by; templates use 2 or 4.
+const MAX_INDENT: usize = 64;
 
 /// Names under which messages carry reasoning; transformers fills one from the other.
 const REASONING_FIELDS: [&str; 3] = ["reasoning_content", "thinking", "reasoning"];
@@ -261,11 +273,11 @@ fn environment() -> Result<Environment<'static>, minijinja::Error> {
             .build()?,
     );
     env.set_undefined_behavior(UndefinedBehavior::Lenient);
-    env.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+    env.set_unknown_method_callback(python_methods::call);
     env.set_fuel(Some(FUEL));
     env.set_formatter(|out, _, value| match value.as_str() {
         Some(text) => out.write_str(text).map_err(Into::into),
-        None => out.write_str(&python::str(value)).map_err(Into::into),
+        None => out.write_str(&python::str(value)?).map_err(Into::into),
     });
     env.add_filter("tojson", tojson);
     env.add_filter("string", |value: &Value| python::str(value));
@@ -274,6 +286,13 @@ fn environment() -> Result<Environment<'static>, minijinja::Error> {
     env.add_test("iterable", |value: &Value| {
         !value.is_none() && value.try_iter().is_ok()
     });
+    // In Jinja whatever has a length and items by index or key, strings and dicts included.
+    env.add_test("sequence", |value: &Value| {
+        use ValueKind::{Map, Seq, String, Undefined};
+        matches!(value.kind(), Seq | String | Map | Undefined)
+    });
+    env.add_function("cycler", minijinja_contrib::globals::cycler);
+    env.add_function("joiner", minijinja_contrib::globals::joiner);
     env.add_function(
         "raise_exception",
         |message: String| -> Result<Value, minijinja::Error> {
@@ -312,6 +331,10 @@ fn tojson(
         Some(indent) => Some(usize::try_from(indent)?),
         None => None,
     };
+    if indent.is_some_and(|spaces| spaces > MAX_INDENT) {
+        let message = format!("tojson indents by at most {MAX_INDENT} spaces");
+        return Err(minijinja::Error::new(ErrorKind::InvalidOperation, message));
+    }
     let separators = option(2, "separators")?;
     let separator = |index: usize, default: &str| -> Result<String, minijinja::Error> {
         match &separators {

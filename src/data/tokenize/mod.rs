@@ -1,4 +1,12 @@
 //! A tokenizer with its chat template: conversations to text, text to ids and back.
+//!
+//! Its files are read in `tokenizer_files`, or made from GGUF in `vocabulary`; `byte_level` is a
+//! short way to the same ids.
+
+mod byte_level;
+mod tokenizer_files;
+mod vocabulary;
+mod word_cache;
 
 use std::io::Write;
 use std::ops::Range;
@@ -7,11 +15,11 @@ use std::path::{Path, PathBuf};
 use serde_json::{Map, Value};
 use tokenizers::{AddedToken, PostProcessorWrapper, Tokenizer};
 
+use self::byte_level::ByteLevelBpe;
+pub use self::tokenizer_files::TokenizerError;
+use self::tokenizer_files::{AddedEntry, TokenizerFiles};
 use super::conversation::Message;
 use super::template::{ChatTemplate, Request};
-pub use super::tokenizer_files::TokenizerError;
-use super::tokenizer_files::{AddedEntry, TokenizerFiles};
-use super::vocabulary;
 use crate::quant::gguf::{GgufFile, Metadata};
 
 /// Token ids with the bytes of the text that each stands for.
@@ -29,6 +37,7 @@ pub struct ChatTokenizer {
     /// Without its post-processor, which would cut spaces off the offsets: what it adds is kept
     /// in `prefix` and `suffix`.
     tokenizer: Tokenizer,
+    short_way: Option<ByteLevelBpe>,
     prefix: Vec<u32>,
     suffix: Vec<u32>,
     template: Option<ChatTemplate>,
@@ -36,6 +45,7 @@ pub struct ChatTokenizer {
     eos: Option<u32>,
     pad: u32,
     stop_ids: Vec<u32>,
+    generation_ids: Vec<u32>,
     vocab_size: usize,
     files: Vec<(String, Vec<u8>)>,
 }
@@ -110,19 +120,22 @@ impl ChatTokenizer {
         };
         let (bos, eos, unk) = (id("bos_token"), id("eos_token"), id("unk_token"));
         let eos = eos.or(files.stop_ids.first().copied());
-        // Pads never carry labels, so any id will do; one that is not eos is easier to read.
-        let pad = id("pad_token")
-            .or(unk.filter(|unk| Some(*unk) != eos))
-            .or(eos)
-            .unwrap_or(0);
         let mut stop_ids: Vec<u32> = eos.into_iter().chain(files.stop_ids).collect();
         let mut seen = std::collections::HashSet::new();
         stop_ids.retain(|id| seen.insert(*id));
+        let vocab_size = tokenizer.get_vocab(true).into_values().max();
+        let vocab_size = vocab_size.map_or(0, |id| id as usize + 1);
+        // A token on which generation stops is learned, so it must not pad, whatever is configured:
+        // many models name theirs for both.
+        let is_free = |id: &u32| !stop_ids.contains(id);
+        let pad = id("pad_token").filter(is_free).or(unk.filter(is_free));
+        let pad = pad.or_else(|| no_text(&tokenizer).find(is_free));
+        let last_free = || (0..vocab_size as u32).rev().find(is_free);
+        let pad = pad.or_else(last_free).unwrap_or(0);
         let template = files.template.map(|t| {
             let name = t.name;
             ChatTemplate::new(name, t.source, files.named)
         });
-        let vocab_size = tokenizer.get_vocab(true).into_values().max();
         Ok(Self {
             prefix,
             suffix,
@@ -131,8 +144,10 @@ impl ChatTokenizer {
             eos,
             pad,
             stop_ids,
-            vocab_size: vocab_size.map_or(0, |id| id as usize + 1),
+            generation_ids: files.generation_ids,
+            vocab_size,
             files: files.files,
+            short_way: ByteLevelBpe::of(&tokenizer),
             tokenizer,
         })
     }
@@ -177,6 +192,10 @@ impl ChatTokenizer {
     /// # Errors
     /// The tokenizer fails.
     pub fn encode_with_spans(&self, text: &str) -> Result<Encoded, TokenizerError> {
+        let short_way = self.short_way.as_ref();
+        if let Some(encoded) = short_way.and_then(|way| way.encode(&self.tokenizer, text)) {
+            return Ok(encoded);
+        }
         let encoding = self.tokenizer.encode(text, false);
         let encoding = encoding.map_err(|e| TokenizerError::Coding(e.to_string()))?;
         Ok(Encoded {
@@ -192,6 +211,33 @@ impl ChatTokenizer {
     pub fn decode(&self, ids: &[u32], skip_special_tokens: bool) -> Result<String, TokenizerError> {
         let text = self.tokenizer.decode(ids, skip_special_tokens);
         text.map_err(|e| TokenizerError::Coding(e.to_string()))
+    }
+
+    /// The text that each id adds; where several make up one character, the first has it and the
+    /// others have none.
+    pub fn token_texts(&self, ids: &[u32]) -> Vec<String> {
+        let mut stream = self.tokenizer.decode_stream(false);
+        let mut texts = vec![String::new(); ids.len()];
+        let mut first = 0;
+        for (i, id) in ids.iter().enumerate() {
+            match stream.step(*id) {
+                Ok(Some(text)) => {
+                    texts[first] = text;
+                    first = i + 1;
+                }
+                Ok(None) => {}
+                Err(_) => {
+                    // Bytes that are no text go on being none: each token for itself.
+                    texts[i] = self.token_text(*id);
+                    first = i + 1;
+                    stream = self.tokenizer.decode_stream(false);
+                }
+            }
+        }
+        for i in first..ids.len() {
+            texts[i] = self.token_text(ids[i]);
+        }
+        texts
     }
 
     /// The text of one token, special ones included.
@@ -210,6 +256,17 @@ impl ChatTokenizer {
         &self.stop_ids
     }
 
+    /// Ids on which generation stops as `generation_config.json` has it; none where it has none.
+    pub fn generation_ids(&self) -> &[u32] {
+        &self.generation_ids
+    }
+
+    /// Whether a token is special: control tokens, not text.
+    pub fn is_special(&self, id: u32) -> bool {
+        let added = self.tokenizer.get_added_tokens_decoder();
+        added.get(&id).is_some_and(|token| token.special)
+    }
+
     /// The end-of-sequence token.
     pub fn eos_id(&self) -> Option<u32> {
         self.eos
@@ -220,7 +277,7 @@ impl ChatTokenizer {
         self.bos
     }
 
-    /// The token that fills up short rows of a batch.
+    /// The token that fills up short rows of a batch; generation never stops on it.
     pub fn pad_id(&self) -> u32 {
         self.pad
     }
@@ -279,6 +336,17 @@ fn write_atomically(path: &Path, content: &[u8]) -> std::io::Result<()> {
         let _ = std::fs::remove_file(&partial);
     }
     written
+}
+
+/// Tokens that no text is made of: special ones, the last first, then a byte that UTF-8 never has, as
+/// SentencePiece and byte-level BPE write it.
+fn no_text(tokenizer: &Tokenizer) -> impl Iterator<Item = u32> {
+    let added = tokenizer.get_added_tokens_decoder().into_iter();
+    let special = added.filter(|(_, token)| token.special);
+    let mut special: Vec<u32> = special.map(|(id, _)| id).collect();
+    special.sort_unstable_by(|a, b| b.cmp(a));
+    let byte = ["<0xFF>", "ÿ"].map(|token| tokenizer.token_to_id(token));
+    special.into_iter().chain(byte.into_iter().flatten())
 }
 
 /// Adds the tokens that stand in `tokenizer_config.json` alone, as transformers does.

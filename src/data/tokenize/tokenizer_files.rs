@@ -6,7 +6,8 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value, json};
 
-use super::template::TemplateError;
+use crate::data::template::TemplateError;
+use crate::recipe::named_templates;
 
 /// Everything that is copied with a model so that its tokenizer loads elsewhere.
 const KEPT_FILES: [&str; 8] = [
@@ -131,6 +132,8 @@ pub(super) struct TokenizerFiles {
     pub template: Option<TemplateSource>,
     /// Ids that end generation, apart from the tokenizer's own eos.
     pub stop_ids: Vec<u32>,
+    /// Those of them that `generation_config.json` names.
+    pub generation_ids: Vec<u32>,
 }
 
 impl TokenizerFiles {
@@ -160,16 +163,16 @@ impl TokenizerFiles {
             }),
             None => inline_template(&config)?,
         };
-        let mut stop_ids = Vec::new();
-        for name in ["generation_config.json", "config.json"] {
-            stop_ids.extend(eos_ids(&read_object(&dir.join(name))?));
-        }
+        let generation_ids = eos_ids(&read_object(&dir.join("generation_config.json"))?);
+        let config_ids = eos_ids(&read_object(&dir.join("config.json"))?);
+        let stop_ids = [generation_ids.as_slice(), &config_ids].concat();
         Ok(Self {
             named: named_tokens(&config, &map),
             added: added_tokens(&config)?,
             files,
             template,
             stop_ids,
+            generation_ids,
         })
     }
 
@@ -210,16 +213,21 @@ impl TokenizerFiles {
             added: Vec::new(),
             template,
             stop_ids,
+            generation_ids: Vec::new(),
         }
     }
 
-    /// Puts the user's template in place of the model's own, in the files as well.
-    pub fn replace_template(&mut self, path: &Path) -> Result<(), TokenizerError> {
-        let bytes = std::fs::read(path).map_err(|source| TokenizerError::Io {
-            path: path.to_owned(),
-            source,
-        })?;
-        let name = path.display().to_string();
+    /// Puts the template that the user chose, by name or as a file, in place of the model's own,
+    /// in the files as well.
+    pub fn replace_template(&mut self, chosen: &Path) -> Result<(), TokenizerError> {
+        let name = chosen.display().to_string();
+        let bytes = match named_templates::find(&name) {
+            Some(named) => named.source.as_bytes().to_vec(),
+            None => std::fs::read(chosen).map_err(|source| TokenizerError::Io {
+                path: chosen.to_owned(),
+                source,
+            })?,
+        };
         let source = utf8(&name, &bytes)?;
         self.files.retain(|(file, _)| file != "chat_template.jinja");
         for (file, content) in &mut self.files {
