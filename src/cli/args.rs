@@ -48,6 +48,9 @@ pub enum Command {
     Merge(MergeArgs),
     /// Check a recipe, its data and its model without training
     Check(CheckArgs),
+    /// Look at a recipe's dataset: its tokens, what trains, how long rows are
+    #[command(subcommand)]
+    Data(DataCommand),
     /// Let a model answer a prompt, with or without an adapter
     Generate(GenerateArgs),
     /// Write a commented recipe to start from
@@ -119,6 +122,68 @@ pub struct CheckArgs {
     /// What to check.
     #[command(flatten)]
     pub recipe: RecipeArgs,
+}
+
+/// `lorafit data`
+#[derive(Debug, Clone, Subcommand)]
+#[command(after_help = "Example:\n  lorafit data preview recipe.yaml --rows 3")]
+pub enum DataCommand {
+    /// Show the tokens of rows, and which of them train
+    Preview(PreviewArgs),
+    /// Count rows and tokens, and draw how long rows are
+    Stats(StatsArgs),
+}
+
+/// A recipe whose data are looked at.
+#[derive(Debug, Clone, Args)]
+pub struct DataRecipe {
+    /// The recipe, a YAML file
+    #[arg(value_name = "RECIPE")]
+    pub recipe: PathBuf,
+    /// Override a knob of the recipe; the value is YAML. May be repeated
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    pub set: Vec<String>,
+}
+
+/// `lorafit data preview`
+#[derive(Debug, Clone, Args)]
+#[command(
+    after_help = "Example:\n  lorafit data preview recipe.yaml --rows 20 --html preview.html"
+)]
+pub struct PreviewArgs {
+    /// What to look at.
+    #[command(flatten)]
+    pub recipe: DataRecipe,
+    /// How many rows, from the first on
+    #[arg(
+        long,
+        value_name = "N",
+        default_value_t = 5,
+        value_parser = parse_count,
+        conflicts_with = "row"
+    )]
+    pub rows: usize,
+    /// Only the row with this number, counted from 1 over all files
+    #[arg(long, value_name = "I", value_parser = parse_count)]
+    pub row: Option<usize>,
+    /// Rows as they are packed for the first epoch, instead of rows of the dataset
+    #[arg(long)]
+    pub packed: bool,
+    /// One token a line, with index, position, segment, id and role
+    #[arg(long, conflicts_with = "html")]
+    pub tokens: bool,
+    /// Write a page for a browser, to share
+    #[arg(long, value_name = "FILE")]
+    pub html: Option<PathBuf>,
+}
+
+/// `lorafit data stats`
+#[derive(Debug, Clone, Args)]
+#[command(after_help = "Example:\n  lorafit data stats recipe.yaml --set data.packing=true")]
+pub struct StatsArgs {
+    /// What to count.
+    #[command(flatten)]
+    pub recipe: DataRecipe,
 }
 
 /// `lorafit merge`
@@ -298,6 +363,14 @@ fn value_of<T: DeserializeOwned>(
     move |text| {
         let value = load::value(key, text)?;
         serde_json::from_value(value).map_err(|error| error.to_string())
+    }
+}
+
+/// Reads a number from 1 up.
+fn parse_count(text: &str) -> Result<usize, String> {
+    match text.trim().parse() {
+        Ok(count) if count > 0 => Ok(count),
+        _ => Err("expected a whole number from 1 up".to_owned()),
     }
 }
 

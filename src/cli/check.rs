@@ -5,15 +5,16 @@ use std::path::Path;
 use serde::Serialize;
 
 use super::Usage;
-use super::args::{CheckArgs, Output, RecipeArgs};
+use super::args::{CheckArgs, Output};
 use super::print::print;
 use super::render::{Renderer, count};
 use super::warnings::{self, Warning};
-use crate::data::DataReport;
+use crate::data::contract::Contract;
+use crate::data::{DataReport, feed};
 use crate::device;
 use crate::export::write::is_taken;
 use crate::model::{names, weights};
-use crate::recipe::{AdapterMethod, Plan, load};
+use crate::recipe::{AdapterMethod, Packing, Plan, load};
 use crate::train::prepare::{self, PrepareError, Prepared};
 use crate::train::trainer;
 
@@ -24,7 +25,8 @@ use crate::train::trainer;
 pub fn run(args: &CheckArgs, output: &Output) -> anyhow::Result<()> {
     let mut renderer = Renderer::new(*output);
     let device = device::open(args.recipe.device).map_err(|error| Usage(error.to_string()))?;
-    let prepared = prepared(&args.recipe, &args.recipe.set, &mut renderer)?;
+    let plan = plan(&args.recipe.recipe, &args.recipe.set)?;
+    let prepared = prepared(plan, &mut renderer)?;
     summary(&prepared, &device, &mut renderer);
     if is_taken(&prepared.plan.output_dir) {
         let output_dir = prepared.plan.output_dir.clone();
@@ -42,14 +44,14 @@ pub(super) fn ok(recipe: &Path, output: &Output) -> anyhow::Result<()> {
     }
 }
 
-/// Loads a recipe and prepares what it names.
-pub(super) fn prepared(
-    args: &RecipeArgs,
-    sets: &[String],
-    renderer: &mut Renderer,
-) -> anyhow::Result<Prepared> {
-    let plan: Plan = load::load(&args.recipe, sets).map_err(|faults| Usage(faults.to_string()))?;
-    let prepared = prepare::prepare(plan, &mut |progress| renderer.download(&progress));
+/// Loads a recipe.
+pub(super) fn plan(recipe: &Path, sets: &[String]) -> anyhow::Result<Plan> {
+    load::load(recipe, sets).map_err(|faults| Usage(faults.to_string()).into())
+}
+
+/// Prepares what a plan names.
+pub(super) fn prepared(plan: Plan, renderer: &mut Renderer) -> anyhow::Result<Prepared> {
+    let prepared = prepare::prepare(plan, &mut |progress| renderer.loading(&progress));
     renderer.finish_bar();
     prepared.map_err(|error| match error {
         PrepareError::Base(error) if error.may_pass() => error.into(),
@@ -65,6 +67,9 @@ struct Summary<'a> {
     data: &'a DataReport,
     /// Share of the training tokens that train, in `[0, 1]`.
     trained_share: f64,
+    rows: Rows,
+    /// What the mask contract means here.
+    contract: String,
     method: AdapterMethod,
     /// Linear layers that carry an adapter; 0 with `adapter.method: full`.
     adapters: usize,
@@ -74,6 +79,18 @@ struct Summary<'a> {
     epochs: f64,
     device: String,
     output_dir: &'a Path,
+}
+
+/// The rows of an epoch.
+#[derive(Serialize)]
+struct Rows {
+    packing: Packing,
+    /// Rows; 0 where the data are streamed, as for all that follows.
+    count: usize,
+    /// Share of the tokens of `max_seq_len` that packed rows fill, in `[0, 1]`.
+    fill: f64,
+    /// Share of padding in the micro-batches, in `[0, 1]`.
+    padding: f64,
 }
 
 #[derive(Serialize)]
@@ -98,11 +115,13 @@ pub(super) fn summary(prepared: &Prepared, device: &device::Available, renderer:
 
 fn summarise(prepared: &Prepared, device: String) -> Summary<'_> {
     let (plan, config, data) = (&prepared.plan, &prepared.config, &prepared.dataset.report);
-    let loader = trainer::loader(plan, prepared.dataset.train.len());
-    let (steps, steps_per_epoch) = (
-        trainer::total_steps(plan, &loader),
-        loader.steps_per_epoch(),
-    );
+    let loader = feed::loader(plan, &prepared.dataset.train);
+    let steps = trainer::total_steps(plan, &prepared.dataset.train);
+    let steps_per_epoch = loader.steps_per_epoch();
+    let (tokens, slots) = loader.epoch(0).slots();
+    let count = loader.epoch(0).rows.len();
+    let capacity = count.saturating_mul(plan.data.max_seq_len);
+    let contract = Contract::new(&prepared.tokenizer, &plan.data.waive);
     let tensors = weights::expected_tensors(config);
     let parameters = tensors
         .iter()
@@ -120,12 +139,22 @@ fn summarise(prepared: &Prepared, device: String) -> Summary<'_> {
         },
         data,
         trained_share: data.trained_tokens as f64 / data.tokens.max(1) as f64,
+        rows: Rows {
+            packing: plan.data.packing,
+            count,
+            fill: tokens as f64 / capacity.max(1) as f64,
+            padding: 1.0 - tokens as f64 / slots.max(1) as f64,
+        },
+        contract: contract.describe(&prepared.tokenizer),
         method: plan.adapter.method,
         adapters: prepared.adapter.as_ref().map_or(0, |a| a.modules.len()),
         trainable_parameters: adapter_parameters(prepared).unwrap_or(parameters),
         steps,
         steps_per_epoch,
-        epochs: steps as f64 / steps_per_epoch.max(1) as f64,
+        epochs: match steps_per_epoch {
+            0 => 0.0,
+            steps_per_epoch => steps as f64 / steps_per_epoch as f64,
+        },
         device,
         output_dir: &plan.output_dir,
     }
@@ -144,7 +173,7 @@ fn adapter_parameters(prepared: &Prepared) -> Option<usize> {
 
 fn lines(summary: &Summary) -> Vec<(&'static str, String)> {
     let (base, data) = (&summary.base, summary.data);
-    let format = format!("{:?}", data.format).to_lowercase();
+    let format = data.format.name();
     let trained = count(summary.trainable_parameters);
     let base_line = format!(
         "{}, {} parameters, {} layers, hidden size {}",
@@ -153,13 +182,26 @@ fn lines(summary: &Summary) -> Vec<(&'static str, String)> {
         base.layers,
         base.hidden_size
     );
-    let data_line = format!(
-        "{} rows ({format}): {} train, {} validation",
-        data.rows, data.train_samples, data.validation_samples
-    );
+    let cached = if data.cached {
+        ", tokenised before"
+    } else {
+        ""
+    };
+    let data_line = if data.streaming {
+        format!(
+            "streamed; of the first {} rows ({format}) {} train; {} validation",
+            data.rows, data.train_samples, data.validation_samples
+        )
+    } else {
+        format!(
+            "{} rows ({format}): {} train, {} validation{cached}",
+            data.rows, data.train_samples, data.validation_samples
+        )
+    };
     let tokens_line = format!(
-        "{} in an epoch, {} of them train ({:.0} %); longest row {}",
+        "{} in {}, {} of them train ({:.0} %); longest row {}",
         data.tokens,
+        if data.streaming { "those" } else { "an epoch" },
         data.trained_tokens,
         100.0 * summary.trained_share,
         data.longest
@@ -168,17 +210,39 @@ fn lines(summary: &Summary) -> Vec<(&'static str, String)> {
         AdapterMethod::Lora => format!("{trained} parameters in {} adapters", summary.adapters),
         AdapterMethod::Full => format!("all {trained} parameters"),
     };
-    let steps_line = format!(
-        "{}, {} an epoch: {:.2} epochs",
-        summary.steps, summary.steps_per_epoch, summary.epochs
-    );
-    vec![
+    let steps_line = match summary.steps_per_epoch {
+        0 => format!("{}", summary.steps),
+        steps_per_epoch => format!(
+            "{}, {steps_per_epoch} an epoch: {:.2} epochs",
+            summary.steps, summary.epochs
+        ),
+    };
+    let rows = &summary.rows;
+    let rows_line = match rows.packing {
+        _ if data.streaming => None,
+        Packing::Off => Some(format!(
+            "one sample each; {:.1} % of a micro-batch is padding",
+            100.0 * rows.padding
+        )),
+        Packing::On | Packing::Wrap => Some(format!(
+            "{} packed, {:.1} % full; {:.1} % of a micro-batch is padding",
+            rows.count,
+            100.0 * rows.fill,
+            100.0 * rows.padding
+        )),
+    };
+    let mut lines = vec![
         ("base", base_line),
         ("data", data_line),
         ("tokens", tokens_line),
+    ];
+    lines.extend(rows_line.map(|line| ("rows", line)));
+    lines.extend([
+        ("mask", summary.contract.clone()),
         ("trains", trains_line),
         ("steps", steps_line),
         ("device", summary.device.clone()),
         ("output", summary.output_dir.display().to_string()),
-    ]
+    ]);
+    lines
 }

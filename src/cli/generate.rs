@@ -13,10 +13,11 @@ use crate::adapter::inject::{self, Init};
 use crate::adapter::peft;
 use crate::data::tokenize::ChatTokenizer;
 use crate::device;
+use crate::hub;
 use crate::infer::{self, Sampling};
 use crate::model::config::ModelConfig;
 use crate::model::weights::Weights;
-use crate::model::{CausalLm, hub, names};
+use crate::model::{CausalLm, names};
 
 /// Generates and streams the answer.
 ///

@@ -12,7 +12,7 @@ use crate::device::{self, DeviceKind, DeviceSpec};
 use crate::export::merged::{self, MergeJob, MergeReport};
 use crate::export::verify::{self, Comparison};
 use crate::export::write;
-use crate::model::hub;
+use crate::hub;
 use crate::recipe::AdapterMethod;
 use crate::train::run_dir::{self, RunDir};
 

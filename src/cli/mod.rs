@@ -7,16 +7,23 @@
 pub mod args;
 pub mod check;
 pub mod completions;
+pub mod data;
 pub mod devices;
 pub mod generate;
 pub mod init;
 pub mod interrupt;
 pub mod merge;
 pub mod pace;
+pub mod preview_html;
+pub mod preview_text;
 pub mod print;
 pub mod render;
 pub mod schema;
+pub mod stats_text;
+pub mod style;
 pub mod train;
+pub mod turns;
+pub mod visible;
 pub mod warnings;
 
 use args::{Cli, Command};
@@ -53,6 +60,7 @@ pub fn run(cli: &Cli) -> anyhow::Result<Exit> {
         Command::Merge(args) => return merge::run(args, &cli.output),
         Command::Generate(args) => return generate::run(args, &cli.output),
         Command::Check(args) => check::run(args, &cli.output),
+        Command::Data(command) => data::run(command, &cli.output),
         Command::Init(args) => init::run(args, &cli.output),
         Command::Schema(args) => schema::run(args),
         Command::Devices => devices::run(&cli.output),

@@ -3,7 +3,7 @@
 //! For people everything goes to standard error. With `--json` each event is one object a line on
 //! standard output instead. `--quiet` leaves results and errors.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
@@ -13,8 +13,9 @@ use super::exit_code;
 use super::pace::{Pace, clock};
 use super::print::{print, say};
 use super::warnings::Warning;
+use crate::data;
 use crate::export::merged::MergeProgress;
-use crate::model::hub;
+use crate::hub;
 use crate::train::Event;
 
 /// The bar of a training run; on two lines, so that nothing is cut off at 80 columns.
@@ -22,6 +23,9 @@ const STEPS: &str = "{bar:40} {pos}/{len}  {prefix}\n{wide_msg}";
 
 /// The bar of a download or a merge.
 const BYTES: &str = "{bar:20} {bytes}/{total_bytes}  {wide_msg}";
+
+/// Between two lines that say how far tokenising is.
+const QUIET: Duration = Duration::from_secs(5);
 
 /// Shows what a command does.
 pub struct Renderer {
@@ -31,6 +35,8 @@ pub struct Renderer {
     /// The file that is downloading.
     file: Option<String>,
     merging: bool,
+    /// When to tell next how far tokenising is.
+    next_count: Option<Instant>,
     /// Whether standard output failed, which is said once.
     broken: bool,
 }
@@ -55,6 +61,7 @@ impl Renderer {
             training: Training::default(),
             file: None,
             merging: false,
+            next_count: None,
             broken: false,
         }
     }
@@ -135,6 +142,29 @@ impl Renderer {
         } else {
             training.held_back = Some(line);
         }
+    }
+
+    /// Shows the work before training.
+    pub fn loading(&mut self, progress: &data::Progress) {
+        match progress {
+            data::Progress::Download(progress) => self.download(progress),
+            data::Progress::Tokenise { rows, tokens } => self.tokenising(*rows, *tokens),
+        }
+    }
+
+    /// Shows how far tokenising is, where it takes a while.
+    fn tokenising(&mut self, rows: usize, tokens: usize) {
+        let now = Instant::now();
+        let next = self.next_count.get_or_insert(now + QUIET);
+        if now < *next {
+            return;
+        }
+        *next = now + QUIET;
+        self.line(&format!(
+            "tokenising: {} rows, {} tokens so far",
+            count(rows),
+            count(tokens)
+        ));
     }
 
     /// Shows how far a download is.
@@ -292,6 +322,10 @@ fn describe(event: &Event) -> String {
         Event::Sample { step, prompt, text } => {
             format!("step {step}: {prompt} → {}", text.replace('\n', "\n    "))
         }
+        Event::Skipped { step, rows, shown } => format!(
+            "step {step}: left out {rows} rows that cannot be read:\n    {}",
+            shown.join("\n    ")
+        ),
         Event::Saved { step, path } => format!("step {step}: saved {}", path.display()),
         Event::EarlyStop { step, best_step } => {
             format!("step {step}: no improvement since step {best_step}, stopping early")

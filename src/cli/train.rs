@@ -5,9 +5,10 @@ use std::path::{Path, PathBuf};
 use anyhow::Context;
 
 use super::args::{Output, TrainArgs};
-use super::check::{ok, prepared, summary};
+use super::check::{ok, plan, prepared, summary};
 use super::render::Renderer;
 use super::{Exit, Usage, interrupt};
+use crate::data::feed::Feed;
 use crate::device;
 use crate::model::CausalLm;
 use crate::train::event::Event;
@@ -16,7 +17,7 @@ use crate::train::optimizer::{AdamW, AdamWConfig};
 use crate::train::prepare::Prepared;
 use crate::train::run_dir::{self, Existing, RunDir, RunDirError};
 use crate::train::run_state::{self, Progress};
-use crate::train::trainer::{Outcome, Trainer};
+use crate::train::trainer::{self, Outcome, Trainer};
 
 /// Trains, or continues a run.
 ///
@@ -25,7 +26,12 @@ use crate::train::trainer::{Outcome, Trainer};
 pub fn run(args: &TrainArgs, output: &Output) -> anyhow::Result<Exit> {
     let mut renderer = Renderer::new(*output);
     let device = device::open(args.recipe.device).map_err(|error| Usage(error.to_string()))?;
-    let prepared = prepared(&args.recipe, &args.sets(), &mut renderer)?;
+    let plan = plan(&args.recipe.recipe, &args.sets())?;
+    if !args.dry_run {
+        // Before the data are tokenised, which may take a while; it is claimed later.
+        run_dir::may_open(&plan.output_dir, existing(args)).map_err(usage)?;
+    }
+    let prepared = prepared(plan, &mut renderer)?;
     summary(&prepared, &device, &mut renderer);
     if args.dry_run {
         ok(&args.recipe.recipe, output)?;
@@ -44,13 +50,21 @@ pub fn run(args: &TrainArgs, output: &Output) -> anyhow::Result<Exit> {
         run_state::load_weights(&states, progress.step, &mut model)?;
         run_state::load_optimizer(&states, progress.step, &mut optimizer, &device.device)?;
     }
+    let feed = Feed::new(
+        &prepared.plan,
+        &prepared.dataset,
+        &prepared.tokenizer,
+        prepared.config.vocab_size,
+        progress.cursor.clone(),
+    )?;
     let mut trainer = Trainer {
         plan: &prepared.plan,
+        total_steps: trainer::total_steps(&prepared.plan, &prepared.dataset.train),
+        feed,
         model,
         optimizer,
         metrics: run.metrics(&progress)?,
         progress,
-        train: &prepared.dataset.train,
         validation: &prepared.dataset.validation,
         tokenizer: &prepared.tokenizer,
         device: format!("{} ({})", device.spec, device.name),

@@ -4,6 +4,8 @@ use std::path::PathBuf;
 
 use serde::Serialize;
 
+use crate::data::DataReport;
+use crate::recipe::plan::{DataPlan, Truncate};
 use crate::train::prepare::Prepared;
 
 /// A warning. Serialised as an object with the key `kind`.
@@ -12,7 +14,7 @@ use crate::train::prepare::Prepared;
 pub enum Warning {
     /// Samples were cut.
     #[error(
-        "{count} of {rows} rows are longer than data.max_seq_len = {max_seq_len} tokens and were cut there; raise it (more memory), or shorten the rows"
+        "{count} of {rows} rows are longer than data.max_seq_len = {max_seq_len} tokens and were cut on the {side}; raise it (more memory), shorten the rows, or see data.truncate"
     )]
     Truncated {
         /// How many.
@@ -21,10 +23,12 @@ pub enum Warning {
         rows: usize,
         /// The limit.
         max_seq_len: usize,
+        /// `right` or `left`.
+        side: Truncate,
     },
     /// Rows were left out.
     #[error(
-        "{count} of {rows} rows were left out: data.max_seq_len = {max_seq_len} cuts off all that would train; raise it (more memory), or shorten what comes before the answers"
+        "{count} of {rows} rows were left out: they are longer than data.max_seq_len = {max_seq_len}, and {reason}; raise it (more memory), or shorten the rows"
     )]
     Dropped {
         /// How many.
@@ -33,6 +37,40 @@ pub enum Warning {
         rows: usize,
         /// The limit.
         max_seq_len: usize,
+        /// What became of them, or would.
+        reason: &'static str,
+    },
+    /// Rows that cannot be read were left out.
+    #[error(
+        "{count} of {rows} rows cannot be read and were left out (data.on_bad_row: skip){}:{}",
+        of_shown(*count, shown.len()),
+        lines(shown)
+    )]
+    BadRows {
+        /// How many.
+        count: usize,
+        /// Of how many.
+        rows: usize,
+        /// The first of them, and why.
+        shown: Vec<String>,
+    },
+    /// Rows without labels were left out.
+    #[error(
+        "{count} of {rows} rows have nothing to train and were left out (data.waive: [labels])"
+    )]
+    Unlabelled {
+        /// How many.
+        count: usize,
+        /// Of how many.
+        rows: usize,
+    },
+    /// The tokenised dataset is not kept.
+    #[error(
+        "the tokenised dataset is held in memory and not kept for the next run: {reason}; make room there, or name another directory in data.cache_dir"
+    )]
+    NotKept {
+        /// What went wrong where.
+        reason: String,
     },
     /// Prompts are given as they are.
     #[error(
@@ -73,16 +111,28 @@ pub enum Warning {
     },
 }
 
-/// What to know about data and prompts before a run.
-pub fn of_run(prepared: &Prepared) -> Vec<Warning> {
-    let (plan, report) = (&prepared.plan, &prepared.dataset.report);
-    let (rows, max_seq_len) = (report.rows, plan.data.max_seq_len);
+fn of_shown(count: usize, shown: usize) -> String {
+    if shown < count {
+        format!(", the first {shown}")
+    } else {
+        String::new()
+    }
+}
+
+fn lines(shown: &[String]) -> String {
+    shown.iter().map(|line| format!("\n    {line}")).collect()
+}
+
+/// What to know about a dataset.
+pub fn of_data(plan: &DataPlan, report: &DataReport) -> Vec<Warning> {
+    let (rows, max_seq_len) = (report.rows, plan.max_seq_len);
     let mut warnings = Vec::new();
     if report.truncated > 0 {
         warnings.push(Warning::Truncated {
             count: report.truncated,
             rows,
             max_seq_len,
+            side: plan.truncate,
         });
     }
     if report.dropped > 0 {
@@ -90,8 +140,36 @@ pub fn of_run(prepared: &Prepared) -> Vec<Warning> {
             count: report.dropped,
             rows,
             max_seq_len,
+            reason: match plan.truncate {
+                Truncate::Drop => "data.truncate is drop",
+                _ => "cutting them there leaves nothing to train",
+            },
         });
     }
+    if report.bad_rows > 0 {
+        warnings.push(Warning::BadRows {
+            count: report.bad_rows,
+            rows,
+            shown: report.bad_rows_shown.clone(),
+        });
+    }
+    if report.unlabelled > 0 {
+        let count = report.unlabelled;
+        warnings.push(Warning::Unlabelled { count, rows });
+    }
+    warnings.extend(
+        report
+            .not_kept
+            .clone()
+            .map(|reason| Warning::NotKept { reason }),
+    );
+    warnings
+}
+
+/// What to know about data and prompts before a run.
+pub fn of_run(prepared: &Prepared) -> Vec<Warning> {
+    let (plan, report) = (&prepared.plan, &prepared.dataset.report);
+    let mut warnings = of_data(&plan.data, report);
     if plan.sample.prompts.is_empty() {
         return warnings;
     }
