@@ -11,7 +11,7 @@ use std::time::Instant;
 use clap::Parser;
 use lorafit::adapter::inject::{self, Init};
 use lorafit::adapter::target::{self, Targeting};
-use lorafit::data::loader::Batch;
+use lorafit::data::batch::Batch;
 use lorafit::device::{self, DeviceSpec};
 use lorafit::model::weights::Weights;
 use lorafit::model::{CausalLm, names};
@@ -116,6 +116,8 @@ fn random_batch(args: &Args, number: usize, vocabulary: usize) -> Batch {
         tokens: args.seq,
         labels: ids.clone(),
         input_ids: ids,
+        position_ids: (0..args.batch).flat_map(|_| 0..args.seq).collect(),
+        segment_starts: (0..=args.batch).map(|row| row * args.seq).collect(),
         lengths: vec![args.seq; args.batch],
     }
 }
