@@ -72,7 +72,7 @@ fn datasets() {
         (
             "role",
             "{\"messages\": [{\"role\": \"robot\", \"content\": \"a\"}]}\n".to_owned(),
-            "roles are system, user, assistant and tool",
+            "roles are system, developer, user, assistant and tool",
         ),
         (
             "masked",

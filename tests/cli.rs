@@ -128,8 +128,8 @@ fn warnings_say_how_many_and_what_to_do() {
     let args = ["check", "recipe.yaml", "--set", &set];
     let ran = workspace.run(&args).exits(0);
     for part in [
-        "warning: 1 of 3 rows are longer than data.max_seq_len = 64 tokens and were cut there; raise it",
-        "warning: 1 of 3 rows were left out: data.max_seq_len = 64 cuts off all that would train; raise it",
+        "warning: 1 of 3 rows are longer than data.max_seq_len = 64 tokens and were cut on the right; raise it",
+        "warning: 1 of 3 rows were left out: they are longer than data.max_seq_len = 64, and cutting them there leaves nothing to train; raise it",
         "warning: run is not empty",
         "--overwrite",
     ] {

@@ -1,91 +1,20 @@
 //! Datasets: what trains, what is refused, and in which order it comes.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use lorafit::data::loader::{Loader, collate};
+use lorafit::data::reader::Place;
 use lorafit::data::tokenize::ChatTokenizer;
-use lorafit::data::{DataError, Dataset, IGNORE_INDEX, Sample, load};
-use lorafit::recipe::plan::{DataFormat, DataPlan};
+use lorafit::data::{IGNORE_INDEX, Sample, Split, load as load_dataset};
+use lorafit::recipe::plan::{DataFormat, DataPlan, SourcePlan};
 use serde_json::json;
 
 use crate::reference::own;
+use crate::rows::{
+    File, PLAIN, POSITIONS, chat, error_of, file, load, load_text, plan, random_chat, tokenizer,
+    tokenizer_with, trained_text,
+};
 use crate::weights::Random;
-
-const POSITIONS: usize = 4096;
-
-fn tokenizer() -> ChatTokenizer {
-    ChatTokenizer::from_dir(&own().join("tokenizer"), None).unwrap()
-}
-
-/// The golden tokenizer with another template.
-fn tokenizer_with(template: &str) -> ChatTokenizer {
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("test.jinja");
-    fs::write(&path, template).unwrap();
-    ChatTokenizer::from_dir(&own().join("tokenizer"), Some(&path)).unwrap()
-}
-
-fn plan(train: &[&Path]) -> DataPlan {
-    DataPlan {
-        train: train.iter().map(|path| path.to_path_buf()).collect(),
-        format: DataFormat::Auto,
-        validation: Vec::new(),
-        validation_fraction: 0.0,
-        max_seq_len: POSITIONS,
-        train_on_inputs: false,
-        chat_template: None,
-        shuffle: true,
-    }
-}
-
-/// A dataset file in a folder of its own.
-struct File {
-    _dir: tempfile::TempDir,
-    path: PathBuf,
-}
-
-fn file(name: &str, content: impl AsRef<[u8]>) -> File {
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join(name);
-    fs::write(&path, content).unwrap();
-    File { _dir: dir, path }
-}
-
-fn load_text(content: impl AsRef<[u8]>, tokenizer: &ChatTokenizer) -> Result<Dataset, DataError> {
-    let file = file("data.jsonl", content);
-    load(&plan(&[&file.path]), 0, tokenizer, POSITIONS)
-}
-
-/// The error of a dataset, with its folder taken out.
-fn error_of(content: impl AsRef<[u8]>, tokenizer: &ChatTokenizer) -> String {
-    let file = file("data.jsonl", content);
-    let error = load(&plan(&[&file.path]), 0, tokenizer, POSITIONS).unwrap_err();
-    error
-        .to_string()
-        .replace(&file.path.display().to_string(), "data.jsonl")
-}
-
-/// The text of the tokens that train.
-fn trained_text(sample: &Sample, tokenizer: &ChatTokenizer) -> String {
-    let ids: Vec<u32> = sample
-        .labels
-        .iter()
-        .filter(|label| **label != IGNORE_INDEX)
-        .map(|label| *label as u32)
-        .collect();
-    tokenizer.decode(&ids, false).unwrap()
-}
-
-fn chat(turns: &[(&str, &str)]) -> String {
-    let messages: Vec<_> = turns
-        .iter()
-        .map(|(role, content)| json!({"role": role, "content": content}))
-        .collect();
-    json!({ "messages": messages }).to_string() + "\n"
-}
-
-const PLAIN: &str = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}";
 
 #[test]
 fn assistant_turns_train_with_their_end_token_and_nothing_else() {
@@ -99,7 +28,7 @@ fn assistant_turns_train_with_their_end_token_and_nothing_else() {
     for tokenizer in [tokenizer(), tokenizer_with(PLAIN)] {
         let data = load_text(&row, &tokenizer).unwrap();
         assert_eq!(
-            trained_text(&data.train[0], &tokenizer),
+            trained_text(&data.train.get(0), &tokenizer),
             "b<|im_end|><|im_end|>d\n<|im_end|>"
         );
         assert_eq!(data.report.format, DataFormat::Messages);
@@ -109,18 +38,18 @@ fn assistant_turns_train_with_their_end_token_and_nothing_else() {
 #[test]
 fn formats_are_detected_in_every_kind_of_file() {
     let tokenizer = tokenizer();
-    let rows = |file: &File| load(&plan(&[&file.path]), 0, &tokenizer, POSITIONS).unwrap();
+    let rows = |file: &File| load(&plan(&[&file.path]), &tokenizer).unwrap();
     let alpaca = json!([
         {"instruction": "Add.", "input": "1 2", "output": "3"},
         {"instruction": "Say hi.", "output": "Hi."}
     ]);
     let data = rows(&file("alpaca.json", format!("{alpaca:#}")));
     assert_eq!(data.report.format, DataFormat::Alpaca);
-    assert_eq!(data.train[1].source.line, 7);
+    assert_eq!(data.train.get(1).source.place, Place::Line(7));
     let texts: Vec<_> = data
         .train
         .iter()
-        .map(|s| trained_text(s, &tokenizer))
+        .map(|s| trained_text(&s, &tokenizer))
         .collect();
     assert_eq!(texts, ["3<|im_end|>", "Hi.<|im_end|>"]);
 
@@ -130,9 +59,9 @@ fn formats_are_detected_in_every_kind_of_file() {
         "\u{feff}{\"text\": \"a\"}\r\n\r\n \n{\"text\": \"b\"}",
     ));
     assert_eq!(data.report.format, DataFormat::Text);
-    let lines: Vec<usize> = data.train.iter().map(|s| s.source.line).collect();
-    assert_eq!(lines, [1, 4]);
-    assert_eq!(trained_text(&data.train[0], &tokenizer), "a<|im_end|>");
+    let lines: Vec<Place> = data.train.iter().map(|s| s.source.place).collect();
+    assert_eq!(lines, [Place::Line(1), Place::Line(4)]);
+    assert_eq!(trained_text(&data.train.get(0), &tokenizer), "a<|im_end|>");
 }
 
 #[test]
@@ -145,8 +74,10 @@ fn without_a_template_alpaca_rows_use_the_classic_prompt() {
     let tokenizer = ChatTokenizer::from_dir(dir.path(), None).unwrap();
     let row = json!({"instruction": "Add.", "input": "1 2", "output": "3"}).to_string();
     let data = load_text(&row, &tokenizer).unwrap();
-    assert_eq!(trained_text(&data.train[0], &tokenizer), "3<|im_end|>");
-    let prompt = tokenizer.decode(&data.train[0].input_ids, false).unwrap();
+    assert_eq!(trained_text(&data.train.get(0), &tokenizer), "3<|im_end|>");
+    let prompt = tokenizer
+        .decode(&data.train.get(0).input_ids, false)
+        .unwrap();
     assert!(prompt.starts_with("Below is an instruction"), "{prompt}");
     let error = error_of(chat(&[("user", "a"), ("assistant", "b")]), &tokenizer);
     assert!(error.contains("no chat template"), "{error}");
@@ -158,39 +89,11 @@ fn train_on_inputs_trains_every_token() {
     let file = file("data.jsonl", chat(&[("user", "a"), ("assistant", "b")]));
     let mut plan = plan(&[&file.path]);
     plan.train_on_inputs = true;
-    let data = load(&plan, 0, &tokenizer, POSITIONS).unwrap();
-    let sample = &data.train[0];
+    let data = load(&plan, &tokenizer).unwrap();
+    let sample = &data.train.get(0);
     let ids: Vec<i32> = sample.input_ids.iter().map(|id| *id as i32).collect();
     assert_eq!(sample.labels, ids);
     assert_eq!(data.report.trained_tokens, ids.len() - 1);
-}
-
-/// A conversation of random roles and contents, special tokens and odd characters among them.
-fn random_chat(random: &mut Random) -> Vec<(&'static str, String)> {
-    const PIECES: [&str; 12] = [
-        "a",
-        " the",
-        "\n",
-        "<|im_end|>",
-        "<|im_start|>",
-        "é",
-        "👩\u{200d}🚀",
-        "\u{100000}",
-        "  ",
-        "{{ x }}",
-        "12",
-        "\"",
-    ];
-    let mut turns = Vec::new();
-    for _ in 0..1 + random.below(5) {
-        let role = ["system", "user", "assistant", "tool"][random.below(4)];
-        let content = (0..random.below(6))
-            .map(|_| PIECES[random.below(12)])
-            .collect();
-        turns.push((role, content));
-    }
-    turns.push(("assistant", PIECES[random.below(12)].to_owned()));
-    turns
 }
 
 #[test]
@@ -259,7 +162,10 @@ fn templates_whose_spans_cannot_be_told_are_refused() {
     // A single turn is exact.
     let tokenizer = tokenizer_with(rewriting);
     let data = load_text(chat(&[("user", "a"), ("assistant", "bcd")]), &tokenizer).unwrap();
-    assert_eq!(trained_text(&data.train[0], &tokenizer), "bcd<|im_end|>");
+    assert_eq!(
+        trained_text(&data.train.get(0), &tokenizer),
+        "bcd<|im_end|>"
+    );
 }
 
 #[test]
@@ -276,10 +182,12 @@ fn a_token_that_ends_the_conversation_is_no_rewriting() {
         ("assistant", "d"),
     ];
     let data = load_text(chat(&turns), &tokenizer).unwrap();
-    let text = tokenizer.decode(&data.train[0].input_ids, false).unwrap();
+    let text = tokenizer
+        .decode(&data.train.get(0).input_ids, false)
+        .unwrap();
     assert!(text.ends_with("d<|im_end|>\n<|im_end|>"), "{text}");
     assert_eq!(
-        trained_text(&data.train[0], &tokenizer),
+        trained_text(&data.train.get(0), &tokenizer),
         "b<|im_end|>d<|im_end|>\n<|im_end|>"
     );
 }
@@ -331,34 +239,32 @@ fn bad_input_is_said_with_file_and_line() {
             "data.jsonl:2: `messages` is missing",
         ),
         (
-            b"{\"conversations\": []}".to_vec(),
-            "(`conversations`); supported are `messages`",
+            b"{\"dialog\": []}".to_vec(),
+            "(`dialog`); supported are `messages`",
         ),
         (
             br#"{"messages": [{"role": "assistant", "content": null, "tool_calls": [{"x": 1}]}]}"#
                 .to_vec(),
-            "data.jsonl:1: `messages[0].tool_calls`: tool calls are not supported yet",
+            "data.jsonl:1: `messages[0].tool_calls[0].function` is missing",
         ),
     ];
     for (content, want) in cases {
         let error = error_of(&content, &tokenizer);
         assert!(error.contains(want), "{error}\n  lacks {want}");
     }
-    let error = load(
-        &plan(&[Path::new("/no/such.jsonl")]),
-        0,
-        &tokenizer,
-        POSITIONS,
-    )
-    .unwrap_err();
+    let error = load(&plan(&[Path::new("/no/such.jsonl")]), &tokenizer).unwrap_err();
     assert!(
         error
             .to_string()
             .starts_with("cannot read dataset /no/such.jsonl: "),
         "{error}"
     );
-    let error = load(&plan(&[Path::new("/")]), 0, &tokenizer, POSITIONS).unwrap_err();
-    assert!(error.to_string().contains("directory"), "{error}");
+    let empty = tempfile::tempdir().unwrap();
+    let error = load(&plan(&[empty.path()]), &tokenizer).unwrap_err();
+    assert!(
+        error.to_string().contains("there is no dataset file in"),
+        "{error}"
+    );
 }
 
 #[test]
@@ -386,7 +292,7 @@ fn damaged_files_never_panic() {
         let length = bytes.len();
         random.mutate(&mut bytes, length);
         let file = file(name, &bytes);
-        let _ = load(&plan(&[&file.path]), 0, &tokenizer, POSITIONS);
+        let _ = load(&plan(&[&file.path]), &tokenizer);
     }
 }
 
@@ -399,23 +305,23 @@ fn long_rows_are_cut_counted_and_dropped_when_nothing_trains() {
     let file_all = file("data.jsonl", [short, long, lost.clone()].concat());
     let mut plan_all = plan(&[&file_all.path]);
     plan_all.max_seq_len = 32;
-    let report = load(&plan_all, 0, &tokenizer, POSITIONS).unwrap().report;
+    let report = load(&plan_all, &tokenizer).unwrap().report;
     assert_eq!((report.rows, report.train_samples), (3, 2));
     assert_eq!(
         (report.truncated, report.dropped, report.longest),
         (1, 1, 32)
     );
 
-    let error = load(&plan_all, 0, &tokenizer, 16).unwrap_err().to_string();
+    let error = load_dataset(&plan_all, 0, &tokenizer, 16, &mut |_| {})
+        .unwrap_err()
+        .to_string();
     assert_eq!(
         error,
         "data.max_seq_len is 32, but the model has positions for 16 tokens only; set data.max_seq_len to 16 or less"
     );
     let only_lost = file("data.jsonl", lost);
-    plan_all.train = vec![only_lost.path.clone()];
-    let error = load(&plan_all, 0, &tokenizer, POSITIONS)
-        .unwrap_err()
-        .to_string();
+    plan_all.train = vec![SourcePlan::new(only_lost.path.display().to_string())];
+    let error = load(&plan_all, &tokenizer).unwrap_err().to_string();
     assert!(
         error.starts_with("no training row is left: data.max_seq_len = 32 cuts off"),
         "{error}"
@@ -431,8 +337,16 @@ fn the_validation_split_is_the_seeds_and_loses_nothing() {
     let file = file("data.jsonl", rows);
     let mut plan = plan(&[&file.path]);
     plan.validation_fraction = 0.25;
-    let lines = |samples: &[Sample]| samples.iter().map(|s| s.source.line).collect::<Vec<_>>();
-    let load = |plan: &DataPlan, seed| load(plan, seed, &tokenizer, POSITIONS).unwrap();
+    let lines = |split: &Split| -> Vec<u64> {
+        let line = |sample: Sample| match sample.source.place {
+            Place::Line(line) => line,
+            Place::Row(_) => panic!("rows of JSON have lines"),
+        };
+        split.iter().map(line).collect()
+    };
+    let load = |plan: &DataPlan, seed| {
+        load_dataset(plan, seed, &tokenizer, POSITIONS, &mut |_| {}).unwrap()
+    };
     let (first, again, other) = (load(&plan, 1), load(&plan, 1), load(&plan, 2));
     assert_eq!((first.train.len(), first.validation.len()), (30, 10));
     assert_eq!(lines(&first.validation), lines(&again.validation));
@@ -447,52 +361,6 @@ fn the_validation_split_is_the_seeds_and_loses_nothing() {
     plan.validation_fraction = 0.999;
     assert_eq!(load(&plan, 1).train.len(), 1);
     // Files of their own come first.
-    plan.validation = vec![file.path.clone()];
+    plan.validation = vec![SourcePlan::new(file.path.display().to_string())];
     assert_eq!(load(&plan, 1).validation.len(), 40);
-}
-
-#[test]
-fn each_epoch_holds_every_sample_once() {
-    for (samples, micro_batch, accum) in [(1, 4, 4), (7, 2, 2), (64, 3, 5), (65, 8, 1)] {
-        let loader = Loader::new(samples, micro_batch, accum, 3, true);
-        let steps = loader.steps_per_epoch();
-        let epoch = |e: usize| -> Vec<usize> {
-            let steps = (e * steps..(e + 1) * steps).map(|step| loader.step(step));
-            steps.flatten().flatten().collect()
-        };
-        let mut orders = vec![epoch(0), epoch(1), epoch(2)];
-        // A step asked for anew, in any order, by another loader, is the same.
-        assert_eq!(orders[0], epoch(0));
-        let other = Loader::new(samples, micro_batch, accum, 3, true);
-        assert_eq!(other.step(2 * steps), loader.step(2 * steps));
-        assert!(samples < 7 || orders[0] != orders[1]);
-        for order in &mut orders {
-            order.sort_unstable();
-            assert_eq!(*order, (0..samples).collect::<Vec<_>>());
-        }
-    }
-}
-
-#[test]
-fn the_split_into_micro_batches_does_not_change_a_step() {
-    let tokenizer = tokenizer();
-    let rows: String = (0..9)
-        .map(|i| chat(&[("user", "a"), ("assistant", &"b ".repeat(i))]))
-        .collect();
-    let data = load_text(&rows, &tokenizer).unwrap();
-    let trained = |micro_batch: usize, accum: usize| {
-        let loader = Loader::new(data.train.len(), micro_batch, accum, 5, true);
-        let mut labels = Vec::new();
-        for step in 0..loader.steps_per_epoch() {
-            for indices in loader.step(step) {
-                let samples: Vec<&Sample> = indices.iter().map(|i| &data.train[*i]).collect();
-                let batch = collate(&samples, tokenizer.pad_id());
-                assert_eq!(batch.input_ids.len(), batch.batch * batch.tokens);
-                labels.extend(batch.labels.into_iter().filter(|l| *l != IGNORE_INDEX));
-            }
-        }
-        labels
-    };
-    assert_eq!(trained(4, 1), trained(1, 4));
-    assert_eq!(trained(4, 1), trained(2, 2));
 }

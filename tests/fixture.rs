@@ -90,6 +90,7 @@ impl Workspace {
             .current_dir(self.dir.path())
             .env("HF_HUB_OFFLINE", "1")
             .env("HF_HOME", self.path("hub"))
+            .env("LORAFIT_CACHE", self.path("cache"))
             .env_remove("HF_HUB_CACHE")
             .env_remove("HF_ENDPOINT")
             .stdin(Stdio::null())

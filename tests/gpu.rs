@@ -8,10 +8,11 @@
 use std::io::Write;
 use std::path::Path;
 use std::process::Command;
+use std::sync::Arc;
 
 use burn::tensor::Device;
 use lorafit::data::IGNORE_INDEX;
-use lorafit::data::loader::Batch;
+use lorafit::data::batch::Batch;
 use lorafit::device::{self, DeviceKind, to_vec};
 use lorafit::model::{CausalLm, Tokens};
 use lorafit::train::optimizer::{AdamW, AdamWConfig};
@@ -59,8 +60,8 @@ fn gpu_or_skip() -> Option<(Device, String)> {
     }
 }
 
-/// Two samples of different length, whose second halves train.
-fn batch() -> Batch {
+/// Two rows of different length, whose second halves train: a sample each or, `packed`, several.
+fn batch(packed: bool) -> Batch {
     let (batch, tokens) = (2, 24);
     let input_ids: Vec<i32> = (0..batch * tokens).map(|i| (i * 37 % 509) as i32).collect();
     let lengths = vec![tokens, tokens - 7];
@@ -69,9 +70,17 @@ fn batch() -> Batch {
         let trains = position >= tokens / 2 && position < lengths[row];
         if trains { id } else { IGNORE_INDEX }
     };
+    let segment_starts: Arc<[usize]> = if packed {
+        [0, 1, 9, 24, 36, 41, 48].into()
+    } else {
+        [0, 24, 41, 48].into()
+    };
+    let segments = segment_starts.windows(2);
     Batch {
         batch,
         tokens,
+        position_ids: segments.flat_map(|ends| 0..ends[1] - ends[0]).collect(),
+        segment_starts,
         labels: input_ids.iter().enumerate().map(label).collect(),
         input_ids,
         lengths,
@@ -83,11 +92,24 @@ fn logits(model: &CausalLm, batch: &Batch) -> Vec<f32> {
     let tokens = Tokens {
         ids: &batch.input_ids,
         batch: batch.batch,
-        positions: None,
+        positions: Some(&batch.position_ids),
+        segments: Some(&batch.segment_starts),
     };
     let logits = model.logits(model.hidden(tokens, None, None));
     let n = logits.shape().num_elements();
     to_vec(logits.reshape([n]))
+}
+
+fn assert_logits(want: &[f32], got: &[f32]) {
+    let largest = want.iter().fold(0f32, |m, x| m.max(x.abs()));
+    assert_eq!(want.len(), got.len());
+    for (i, (want, got)) in want.iter().zip(got).enumerate() {
+        let off = f64::from((want - got).abs() / largest);
+        assert!(
+            off < TOLERANCE,
+            "logit {i}: {want} on the CPU, {got} on the GPU"
+        );
+    }
 }
 
 /// Losses of some optimizer steps on one batch.
@@ -114,21 +136,17 @@ fn a_gpu_gives_the_numbers_of_the_cpu() {
         return;
     };
     eprintln!("testing on {name}");
-    let batch = batch();
     let (mut on_cpu, mut on_gpu) = (tiny_model(false, &Device::flex()), tiny_model(false, &gpu));
-    let (want, got) = (logits(&on_cpu, &batch), logits(&on_gpu, &batch));
-    let largest = want.iter().fold(0f32, |m, x| m.max(x.abs()));
-    assert_eq!(want.len(), got.len());
-    for (i, (want, got)) in want.iter().zip(&got).enumerate() {
-        let off = f64::from((want - got).abs() / largest);
-        assert!(
-            off < TOLERANCE,
-            "logit {i}: {want} on the CPU, {got} on the GPU"
-        );
+    for packed in [false, true] {
+        let batch = batch(packed);
+        let (want, got) = (logits(&on_cpu, &batch), logits(&on_gpu, &batch));
+        assert_logits(&want, &got);
+        let want = gradients(&mut on_cpu, std::slice::from_ref(&batch));
+        let got = gradients(&mut on_gpu, std::slice::from_ref(&batch));
+        let what = format!("GPU against CPU, packed {packed}");
+        assert_equal(&want, &got, TOLERANCE, &what);
     }
-    let want = gradients(&mut on_cpu, std::slice::from_ref(&batch));
-    let got = gradients(&mut on_gpu, std::slice::from_ref(&batch));
-    assert_equal(&want, &got, TOLERANCE, "GPU against CPU");
+    let batch = batch(true);
     let (want, got) = (train(&mut on_cpu, &batch, 4), train(&mut on_gpu, &batch, 4));
     assert!(want[3] < want[0] * 0.95, "nothing was learned: {want:?}");
     for (want, got) in want.iter().zip(&got) {
@@ -146,6 +164,7 @@ fn quickstart(device: &str) -> Vec<f64> {
     let run = scratch.path().join("run");
     let output = Command::new(env!("CARGO_BIN_EXE_lorafit"))
         .current_dir(Path::new(env!("CARGO_MANIFEST_DIR")))
+        .env("LORAFIT_CACHE", scratch.path().join("cache"))
         .args(["train", "recipes/quickstart.yaml", "--device", device])
         .args([
             "--set",

@@ -1,21 +1,33 @@
 //! One integration binary, so that burn links once.
 
 mod bad_input;
+mod chat_templates;
 mod cli;
 mod data;
+mod data_cache;
+mod data_commands;
+mod data_order;
+mod data_rules;
 mod export;
 mod fixture;
 mod gguf;
 mod golden_lora;
 mod golden_models;
+mod golden_packing;
 #[cfg(feature = "webgpu")]
 mod gpu;
 mod hub;
+mod hub_dataset;
+mod hub_server;
 mod merge;
+mod packing;
 mod peft;
+mod reader_fuzz;
+mod readers;
 mod recipe;
 mod reference;
 mod resume;
+mod rows;
 mod run_dir;
 mod tokenizer;
 mod train;

@@ -2,7 +2,7 @@
 //! number may be, and what is printed of each case.
 //!
 //! The set is `tests/golden`, or the folder named by `LORAFIT_REFERENCE`, made by the same script
-//! with any seeds, shapes and options. Cases are discovered by listing its folders. Each prints one
+//! with any seeds, shapes and options. Cases are discovered by listing its folders, a folder or a safetensors file each. Each prints one
 //! line: passed, failed with the figure, or not supported yet with the reason.
 
 use std::collections::BTreeMap;
@@ -10,6 +10,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use burn::tensor::{Device, Tensor, TensorData};
+use lorafit::data::batch::Batch;
 use lorafit::device::to_vec;
 use lorafit::model::CausalLm;
 use lorafit::model::config::ConfigError;
@@ -71,13 +72,27 @@ pub fn part(name: &str) -> Option<PathBuf> {
     None
 }
 
+/// Rows of `tokens` tokens, each one segment.
+pub fn unpacked(input_ids: Vec<i32>, labels: Vec<i32>, tokens: usize) -> Batch {
+    let batch = input_ids.len() / tokens;
+    Batch {
+        batch,
+        tokens,
+        input_ids,
+        labels,
+        position_ids: (0..batch).flat_map(|_| 0..tokens).collect(),
+        segment_starts: (0..=batch).map(|row| row * tokens).collect(),
+        lengths: vec![tokens; batch],
+    }
+}
+
 /// Runs every case of a folder, prints a line each, and fails if one failed or none passed.
 pub fn run_all(folder: &str, run: impl Fn(&Path) -> Case) {
     let folder = reference().join(folder);
     let mut cases: Vec<PathBuf> = std::fs::read_dir(&folder)
         .unwrap_or_else(|error| panic!("{}: {error}", folder.display()))
         .map(|entry| entry.expect("a directory entry").path())
-        .filter(|path| path.is_dir())
+        .filter(|path| path.is_dir() || path.extension().is_some_and(|e| e == "safetensors"))
         .collect();
     cases.sort();
     let (mut passed, mut failures) = (0, Vec::new());

@@ -30,8 +30,18 @@ sample: {prompts: [Define Bore.], max_new_tokens: 6, temperature: 0.9}
 output_dir: straight
 ";
 
+/// Rows of two sources, one of them seen one and a half times, read in blocks that are no multiple of
+/// a step, and packed.
+const STREAMED: &str = "data:
+  train: [data.jsonl, {path: more.jsonl, weight: 1.5}]
+  validation: [held-out.jsonl]
+  streaming: true
+  shuffle_buffer: 7
+  packing: true
+  max_seq_len: 96";
+
 /// A workspace with rows of uneven length, four steps an epoch.
-fn workspace(method: &str) -> Workspace {
+fn workspace(kind: &str) -> Workspace {
     let workspace = Workspace::new();
     let rows: String = (0..40)
         .map(|i| {
@@ -41,8 +51,17 @@ fn workspace(method: &str) -> Workspace {
         .collect();
     workspace.write("data.jsonl", &rows);
     let adapter = "adapter: {rank: 8, dropout: 0.1}";
-    let recipe = match method {
+    let data = "data: {train: [data.jsonl], validation_fraction: 0.2, max_seq_len: 96}";
+    let recipe = match kind {
         "full" => RECIPE.replace(adapter, "adapter: {method: full}"),
+        "streamed" => {
+            workspace.write(
+                "more.jsonl",
+                &rows[..1 + rows[..rows.len() / 3].rfind('\n').unwrap()],
+            );
+            workspace.write("held-out.jsonl", &chat("Define Cat.", "A soft thing."));
+            RECIPE.replace(data, STREAMED)
+        }
         _ => RECIPE.to_string(),
     };
     workspace.write("recipe.yaml", &recipe);
@@ -186,8 +205,8 @@ fn last_state(states: &Path) -> usize {
 }
 
 /// Interrupts after the steps given, continues each time, and compares.
-fn interrupted_at(method: &str, steps: &[usize]) {
-    let workspace = workspace(method);
+fn interrupted_at(kind: &str, steps: &[usize]) {
+    let workspace = workspace(kind);
     straight(&workspace);
     for &step in steps {
         let mut child = start(&workspace, "stopped");
@@ -229,8 +248,8 @@ fn half_written(dir: &Path, name: &str) -> bool {
 }
 
 /// Kills at random moments, and in the middle of writing states and results.
-fn killed(method: &str, seed: u64) {
-    let workspace = workspace(method);
+fn killed(kind: &str, seed: u64) {
+    let workspace = workspace(kind);
     straight(&workspace);
     let random = Stream::new(seed);
     let (run, states) = (workspace.path("killed"), workspace.path("killed/states"));
@@ -273,6 +292,11 @@ fn killed(method: &str, seed: u64) {
 #[test]
 fn a_killed_run_goes_on_exactly() {
     killed("lora", 7);
+}
+
+#[test]
+fn a_killed_streamed_run_goes_on_exactly() {
+    killed("streamed", 3);
 }
 
 #[test]
@@ -320,6 +344,7 @@ fn a_state_that_cannot_be_written_costs_nothing_before_it() {
     let output = Command::new("sh")
         .args(["-c", &script])
         .current_dir(workspace.path(""))
+        .env("LORAFIT_CACHE", workspace.path("cache"))
         .stdin(Stdio::null())
         .output()
         .expect("a shell");
@@ -354,6 +379,7 @@ fn a_full_disk_costs_nothing_before_it() {
     let output = Command::new("unshare")
         .args(["-rm", "sh", "-c", &script])
         .current_dir(workspace.path(""))
+        .env("LORAFIT_CACHE", workspace.path("cache"))
         .stdin(Stdio::null())
         .output();
     let ran = match output {

@@ -239,7 +239,8 @@ fn generation_stops_on_every_eos_that_the_model_names() {
     fs::write(dir.path().join("config.json"), r#"{"eos_token_id": 5}"#).unwrap();
     let tokenizer = ChatTokenizer::from_dir(dir.path(), None).unwrap();
     assert_eq!(tokenizer.stop_ids(), [2, 0, 5]);
-    assert_eq!((tokenizer.pad_id(), tokenizer.bos_id()), (2, None));
+    // Pads are special tokens that end nothing.
+    assert_eq!((tokenizer.pad_id(), tokenizer.bos_id()), (3, None));
     assert!(!tokenizer.has_template());
 }
 

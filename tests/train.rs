@@ -8,7 +8,8 @@ use burn::tensor::Device;
 use lorafit::adapter::inject::{self, Init};
 use lorafit::adapter::peft::LoraPair;
 use lorafit::adapter::target::ModuleAdapter;
-use lorafit::data::loader::{Batch, collate};
+use lorafit::data::batch::{Batch, collate};
+use lorafit::data::reader::Place;
 use lorafit::data::{IGNORE_INDEX, Sample, SampleId};
 use lorafit::device::to_vec;
 use lorafit::model::CausalLm;
@@ -22,10 +23,10 @@ use crate::fixture::{RECIPE, Ran, Workspace, chat};
 
 /// `|got - want| / max|want|` of losses and gradients of the same samples, split differently:
 /// the same f32 sums in another order, which moves them by about 1e-6.
-const SPLIT_TOLERANCE: f64 = 1e-5;
+pub(crate) const SPLIT_TOLERANCE: f64 = 1e-5;
 
 /// Eight samples whose lengths and trained tokens are as uneven as they get.
-fn uneven_samples() -> Vec<Sample> {
+pub(crate) fn uneven_samples() -> Vec<Sample> {
     let random = Stream::new(11);
     let shapes = [
         (5, 1),
@@ -55,7 +56,7 @@ fn uneven_samples() -> Vec<Sample> {
             input_ids,
             source: SampleId {
                 file: Path::new("rows").into(),
-                line: i + 1,
+                place: Place::Line(i as u64 + 1),
             },
             truncated: false,
         }
