@@ -254,6 +254,21 @@ fn each_clause_of_the_contract_is_checked_and_can_be_waived() {
 }
 
 #[test]
+fn a_template_of_another_family_is_named_as_such() {
+    let rows = chat(&[("user", "a"), ("assistant", "b")]).repeat(3);
+    let tokenizer = ChatTokenizer::from_dir(&own().join("tokenizer"), Some("llama3".as_ref()));
+    let error = load_text(rows, &tokenizer.unwrap())
+        .unwrap_err()
+        .to_string();
+    assert!(
+        error.contains("`<|eot_id|>`, which should end it, is no token"),
+        "{error}"
+    );
+    // What is the same in many rows is said once.
+    assert!(error.contains("data.jsonl:3: the same"), "{error}");
+}
+
+#[test]
 fn tokens_of_the_datasets_author_are_held_to_the_contract_too() {
     let tokenizer = tokenizer();
     let row = |labels: [i32; 4]| json!({"input_ids": [1, 70, 71, 2], "labels": labels}).to_string();

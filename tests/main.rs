@@ -25,6 +25,7 @@ mod peft;
 mod reader_fuzz;
 mod readers;
 mod recipe;
+mod recipe_data;
 mod reference;
 mod resume;
 mod rows;

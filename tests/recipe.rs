@@ -8,7 +8,7 @@ use lorafit::recipe::faults::Faults;
 use lorafit::recipe::load::load;
 use lorafit::recipe::resolve::to_yaml;
 use lorafit::recipe::{
-    AdapterMethod, BaseInit, DataFormat, LrScheduler, Plan, SourcePlan, TargetModules, schema,
+    AdapterMethod, BaseInit, DataFormat, LrScheduler, Plan, TargetModules, schema,
 };
 
 /// A scratch directory with a data file, where recipes are written and loaded.
@@ -72,8 +72,7 @@ fn defaults_are_filled_in() {
     let plan = desk.plan(&desk.recipe(""), &[]);
     assert_eq!(plan.base.revision, "main");
     assert_eq!(plan.base.init, BaseInit::Pretrained);
-    let rows = desk.path("rows.jsonl").display().to_string();
-    assert_eq!(plan.data.train, [SourcePlan::new(rows)]);
+    assert_eq!(Path::new(&plan.data.train[0].path), desk.path("rows.jsonl"));
     assert_eq!(plan.data.format, DataFormat::Auto);
     assert_eq!(plan.adapter.method, AdapterMethod::Lora);
     assert_eq!((plan.adapter.rank, plan.adapter.alpha), (16, 32.0));

@@ -261,7 +261,18 @@ impl fmt::Display for RowFaults {
                     write!(f, ", the first {}", shown.len())?;
                 }
                 f.write_str(":")?;
-                shown.iter().try_for_each(|fault| write!(f, "\n  {fault}"))
+                let mut before = String::new();
+                for fault in shown {
+                    let reason = fault.in_words();
+                    let said = if reason == before {
+                        "the same"
+                    } else {
+                        &reason
+                    };
+                    write!(f, "\n  {}: {said}", fault.at())?;
+                    before = reason;
+                }
+                Ok(())
             }
         }
     }
@@ -278,24 +289,35 @@ pub struct RowFault {
     pub reason: RowError,
 }
 
-impl fmt::Display for RowFault {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (file, reason) = (self.file.display(), &self.reason);
-        match (reason, self.place) {
+impl RowFault {
+    /// File and line.
+    fn at(&self) -> String {
+        let file = self.file.display();
+        match (&self.reason, self.place) {
             // The line inside the row matters where a row spans several.
             (RowError::Json { line, column, .. }, Place::Line(first)) => {
-                write!(f, "{file}:{}:{column}: {reason}", first + *line as u64 - 1)
+                format!("{file}:{}:{column}", first + *line as u64 - 1)
             }
-            (_, place) => write!(f, "{file}:{place}: {reason}"),
-        }?;
-        match reason.clause() {
-            Some(clause) => write!(
-                f,
-                " (mask contract, clause `{0}`; `data.waive: [{0}]` lets such rows train)",
-                clause.name()
-            ),
-            None => Ok(()),
+            (_, place) => format!("{file}:{place}"),
         }
+    }
+
+    /// What is wrong, and whether that can be waived.
+    fn in_words(&self) -> String {
+        match self.reason.clause() {
+            Some(clause) => format!(
+                "{} (mask contract, clause `{name}`; `data.waive: [{name}]` lets such rows train)",
+                self.reason,
+                name = clause.name()
+            ),
+            None => self.reason.to_string(),
+        }
+    }
+}
+
+impl fmt::Display for RowFault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.at(), self.in_words())
     }
 }
 

@@ -16,6 +16,7 @@ use super::conversation::{Conversation, Message, Row};
 use super::faults::RowError;
 use super::template::{ChatTemplate, Rendered, Request};
 use super::tokenize::{ChatTokenizer, Encoded, TokenizerError};
+use crate::recipe::named_templates::{self, EndOfTurn};
 
 /// Makes tokens with labels of rows.
 #[derive(Debug)]
@@ -369,7 +370,21 @@ impl<'a> Chat<'a> {
             } else {
                 stop.join(", ")
             },
+            remedy: self.remedy(),
         }
+    }
+
+    /// What to do about a turn without an end.
+    fn remedy(&self) -> String {
+        let named = named_templates::find(self.template.name());
+        if let Some(EndOfTurn::Token(token)) = named.map(|template| template.end_of_turn)
+            && self.tokenizer.token_id(token).is_none()
+        {
+            return format!(
+                "`{token}`, which should end it, is no token of this tokenizer: name a template of the model's own family in data.chat_template"
+            );
+        }
+        "end the turn (inside its `generation` block, if any) with one of these, or add the template's end-of-turn token to eos_token_id in generation_config.json".to_owned()
     }
 }
 

@@ -110,7 +110,7 @@ pub enum RowError {
     },
     /// A turn that generation would never end.
     #[error(
-        "chat template {template} ends assistant turn {turn} with {found}, which is not a labelled token that generation stops on ({stop}); end the turn (inside its `generation` block, if any) with one of these, or add the template's end-of-turn token to eos_token_id in generation_config.json"
+        "chat template {template} ends assistant turn {turn} with {found}, which is not a labelled token that generation stops on ({stop}); {remedy}"
     )]
     NoEndOfTurn {
         /// The template's name.
@@ -121,6 +121,8 @@ pub enum RowError {
         found: String,
         /// The texts of the stop tokens.
         stop: String,
+        /// What to do.
+        remedy: String,
     },
     /// A token ends turns on which `generation_config.json` does not stop.
     #[error(

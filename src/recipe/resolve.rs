@@ -8,7 +8,7 @@ use super::check;
 use super::conflict;
 use super::given::Given;
 use super::plan::Plan;
-use super::schema::{Initial, KNOBS, Kind, Knob, SECTIONS};
+use super::schema::{Initial, KNOBS, Kind, Knob, SECTIONS, word_json};
 
 /// Fills in the defaults.
 ///
@@ -52,6 +52,7 @@ pub fn to_yaml(plan: &Plan) -> String {
         let value = match (knob.kind, value(knob.key)) {
             _ if out_of_force.contains(knob.key) => Json::Null,
             (Kind::Patterns(_), Json::Array(pairs)) => map_of_pairs(&pairs),
+            (Kind::Choice(_), Json::String(word)) => word_json(&word),
             (_, value) => value,
         };
         put(&mut top, knob, value);

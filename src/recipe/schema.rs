@@ -255,7 +255,7 @@ impl Kind {
 }
 
 /// A word as YAML reads it: `true` and `false` are booleans.
-fn word_json(word: &str) -> Json {
+pub(super) fn word_json(word: &str) -> Json {
     word.parse::<bool>()
         .map_or_else(|_| json!(word), Json::from)
 }
@@ -321,7 +321,10 @@ fn property(knob: &Knob) -> Json {
         }
     }
     if let Some(default) = check::default(knob) {
-        schema["default"] = default;
+        schema["default"] = match (knob.kind, default) {
+            (Kind::Choice(_), Json::String(word)) => word_json(&word),
+            (_, default) => default,
+        };
     }
     schema["description"] = json!(knob.describe());
     schema

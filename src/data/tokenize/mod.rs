@@ -261,6 +261,11 @@ impl ChatTokenizer {
         &self.generation_ids
     }
 
+    /// The id of a token by its text.
+    pub fn token_id(&self, token: &str) -> Option<u32> {
+        self.tokenizer.token_to_id(token)
+    }
+
     /// Whether a token is special: control tokens, not text.
     pub fn is_special(&self, id: u32) -> bool {
         let added = self.tokenizer.get_added_tokens_decoder();
