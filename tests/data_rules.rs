@@ -76,6 +76,90 @@ fn sources_of_every_kind_make_one_dataset() {
     assert_eq!(rows, [2, 1, 2, 2]);
 }
 
+/// Ids and labels of every golden conversation, through the whole pipeline: those of transformers'
+/// `apply_chat_template` with its assistant mask, also where the template marks nothing and spans
+/// must be derived.
+#[test]
+fn golden_conversations_are_transformers_token_for_token_and_mask_for_mask() {
+    let read = |name: &str| -> Value {
+        let text = fs::read_to_string(own().join("tokenizer").join(name)).unwrap();
+        serde_json::from_str(&text).unwrap()
+    };
+    let (expected, conversations) = (read("expected.json"), read("conversations.json"));
+    let cases = expected["chat"].as_array().unwrap();
+    let case = |template: &str, conversation: &Value| {
+        let is_it = |case: &&Value| {
+            case["template"] == template
+                && case["conversation"] == *conversation
+                && case["add_generation_prompt"] == false
+        };
+        cases.iter().find(is_it).unwrap()
+    };
+    let (mut compared, mut other_text) = (0, Vec::new());
+    for template in ["chatml", "chatml_plain"] {
+        let file = format!("tokenizer/templates/{template}.jinja");
+        let tokenizer = tokenizer_with(&fs::read_to_string(own().join(file)).unwrap());
+        for conversation in conversations.as_array().unwrap() {
+            let name = &conversation["name"];
+            let (want, masked) = (case(template, name), case("chatml", name));
+            let mut row = conversation.clone();
+            row.as_object_mut().unwrap().remove("name");
+            let loaded = waiving(&row.to_string(), &tokenizer, &Clause::ALL);
+            let mask = masked["assistant_mask"].as_array();
+            if mask.is_none_or(|mask| mask.iter().all(|bit| *bit == 0)) {
+                assert!(loaded.is_err(), "{template} × {name} has nothing to train");
+                continue;
+            }
+            if template == "chatml_plain" && name == "assistant_first" {
+                // It cannot render the beginning of a conversation without messages.
+                let error = loaded.unwrap_err().to_string();
+                assert!(error.contains("cannot be told exactly"), "{error}");
+                continue;
+            }
+            let sample = loaded
+                .unwrap_or_else(|e| panic!("{template} × {name}: {e}"))
+                .train
+                .get(0);
+            assert_eq!(
+                json!(sample.input_ids),
+                want["input_ids"],
+                "{template} × {name}"
+            );
+            compared += 1;
+            // The plain template has a default system prompt, no tools, and strips contents: its
+            // mask is the other's where its ids are.
+            let ids = |case: &Value| case["input_ids"].as_array().unwrap().clone();
+            if !ids(want).ends_with(&ids(masked)) {
+                other_text.push(name.as_str().unwrap());
+                continue;
+            }
+            let before = ids(want).len() - ids(masked).len();
+            let trains = sample.labels.iter().map(|l| u8::from(*l != IGNORE_INDEX));
+            let trains: Vec<u8> = trains.collect();
+            assert!(!trains[..before].contains(&1), "{template} × {name}");
+            assert_eq!(
+                json!(trains[before..]),
+                masked["assistant_mask"],
+                "{template} × {name}"
+            );
+        }
+    }
+    // All but one without messages and two without an answer, twice, and the one above.
+    assert_eq!(
+        compared,
+        2 * (conversations.as_array().unwrap().len() - 3) - 1
+    );
+    assert_eq!(
+        other_text,
+        [
+            "whitespace",
+            "tools_listed",
+            "tool_call",
+            "tool_call_null_content"
+        ]
+    );
+}
+
 #[test]
 fn turns_may_be_kept_from_training() {
     let tokenizer = tokenizer();
