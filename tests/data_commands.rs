@@ -3,11 +3,53 @@
 use serde_json::{Value, json};
 
 use crate::fixture::{Ran, Workspace, chat};
+use crate::hub_server::Hub;
 
 const CHAT: &str = "{\"messages\":[{\"role\":\"user\",\"content\":\"a\"},{\"role\":\"assistant\",\"content\":\"b\\u001b[2J\"}]}\n";
 
 fn preview(workspace: &Workspace, args: &[&str]) -> Ran {
     workspace.run(&[&["data", "preview", "recipe.yaml"], args].concat())
+}
+
+#[test]
+fn a_dataset_of_the_hub_trains_from_its_parquet_files() {
+    let hub = Hub::start(
+        "datasets",
+        &[
+            ("README.md", b"# rows"),
+            (
+                "data/train-00000-of-00001.parquet",
+                include_bytes!("golden/data/rows.parquet"),
+            ),
+        ],
+    );
+    let workspace = Workspace::new();
+    let source = "data.train={path: hf://someone/tiny, format: text}";
+    // Two of its three rows have no text.
+    let skip = "data.on_bad_row=skip";
+    let args = [
+        "train",
+        "recipe.yaml",
+        "--json",
+        "--set",
+        source,
+        "--set",
+        skip,
+    ];
+    let mut command = workspace.command(&args);
+    command
+        .env_remove("HF_HUB_OFFLINE")
+        .env("HF_ENDPOINT", &hub.endpoint)
+        .env("HF_TOKEN", "hf_test");
+    let ran = Ran::from(&args, command.output().unwrap()).exits(0);
+    let data = &ran.event("plan")["data"];
+    assert_eq!(
+        (&data["rows"], &data["train_samples"]),
+        (&json!(3), &json!(1))
+    );
+    // What was downloaded serves without the hub.
+    let args = ["check", "recipe.yaml", "--set", source, "--set", skip];
+    workspace.run(&args).exits(0);
 }
 
 #[test]
