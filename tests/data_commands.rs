@@ -312,3 +312,46 @@ fn packed_and_streamed_runs_train() {
         .run(&args)
         .fails(2, &["data.streaming", "train.max_steps"]);
 }
+
+/// A stream may meet a bad row late: what was trained is kept, and the run goes on without it.
+#[test]
+fn a_row_that_stops_a_stream_late_costs_nothing_before_it() {
+    let workspace = Workspace::new();
+    let good = workspace.read("data.jsonl");
+    workspace.write(
+        "data.jsonl",
+        &(good.clone() + "{\"messages\": 3}\n" + &good),
+    );
+    let args = [
+        "train",
+        "recipe.yaml",
+        "--resume",
+        "--set",
+        "data.streaming=true",
+    ];
+    let sets = [
+        "--set",
+        "data.shuffle_buffer=4",
+        "--set",
+        "train.gradient_accumulation_steps=1",
+    ];
+    let args = [&args[..], &sets].concat();
+    workspace.run(&args).fails(
+        1,
+        &[
+            "after step 2: ",
+            "data.jsonl:7: `messages` must be",
+            "--resume",
+        ],
+    );
+    assert_eq!(workspace.names("run/states"), ["step-000002"]);
+    let ran = workspace
+        .run(&[&args[..], &["--set", "data.on_bad_row=skip"]].concat())
+        .exits(0);
+    assert!(
+        ran.err.contains("data.jsonl:7: `messages` must be"),
+        "{}",
+        ran.err
+    );
+    assert!(workspace.path("run/adapter").exists());
+}

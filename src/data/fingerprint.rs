@@ -49,8 +49,8 @@ pub fn key(
         "truncate": plan.truncate,
         "wraps": plan.packing == Packing::Wrap,
         "train_on_inputs": plan.train_on_inputs,
-        "on_bad_row": plan.on_bad_row,
-        "waive": plan.waive,
+        // What stopped a streamed run may be changed to go on.
+        "forgives": (look == Look::Whole).then_some((plan.on_bad_row, &plan.waive)),
     });
     part(&mut hasher, knobs.to_string().as_bytes());
     of_tokenizer(&mut hasher, tokenizer);

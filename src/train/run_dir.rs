@@ -16,6 +16,7 @@ use super::Event;
 use super::run_state::Progress;
 use crate::export::write::{self, WriteError};
 use crate::recipe::faults::Faults;
+use crate::recipe::plan::OnBadRow;
 use crate::recipe::{Plan, load, resolve};
 
 /// A run directory that this process holds.
@@ -285,6 +286,13 @@ fn comparable(plan: &Plan) -> serde_json::Value {
     plan.sample.max_new_tokens = 0;
     plan.sample.temperature = 0.0;
     plan.sample.top_p = 0.0;
+    plan.data.cache_dir = None;
+    plan.data.cache_limit = 0.0;
+    if plan.data.streaming {
+        // A row that stopped the run may be left out from there on.
+        plan.data.on_bad_row = OnBadRow::Fail;
+        plan.data.waive.clear();
+    }
     serde_json::to_value(plan).unwrap_or_default()
 }
 

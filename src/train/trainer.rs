@@ -77,7 +77,9 @@ pub enum TrainError {
     #[error(transparent)]
     Write(#[from] WriteError),
     /// Streamed rows could not be read or trained on.
-    #[error("step {step}: {error}; the last run state is kept")]
+    #[error(
+        "after step {step}: {error}\nthe run is saved up to there; mend it and go on with --resume (data.on_bad_row and data.waive may be changed)"
+    )]
     Data {
         /// Steps done before it.
         step: usize,
@@ -113,8 +115,19 @@ impl Trainer<'_> {
             if last {
                 return Ok(Outcome::Complete);
             }
-            if (self.interrupted)() || !self.step(&schedule)? {
+            if (self.interrupted)() {
                 return self.interrupt(&mut saved);
+            }
+            match self.step(&schedule) {
+                Ok(true) => {}
+                Ok(false) => return self.interrupt(&mut saved),
+                Err(error) => {
+                    // The steps before it are not to blame for a row that is read too late.
+                    if matches!(error, TrainError::Data { .. }) {
+                        self.save(&mut saved)?;
+                    }
+                    return Err(error);
+                }
             }
         }
     }
