@@ -16,7 +16,6 @@ use crate::export::write::is_taken;
 use crate::model::{names, weights};
 use crate::recipe::{AdapterMethod, Packing, Plan, load};
 use crate::train::prepare::{self, PrepareError, Prepared};
-use crate::train::trainer;
 
 /// Checks recipe, base model, data, adapters, device and run directory.
 ///
@@ -116,11 +115,9 @@ pub(super) fn summary(prepared: &Prepared, device: &device::Available, renderer:
 fn summarise(prepared: &Prepared, device: String) -> Summary<'_> {
     let (plan, config, data) = (&prepared.plan, &prepared.config, &prepared.dataset.report);
     let loader = feed::loader(plan, &prepared.dataset.train);
-    let steps = trainer::total_steps(plan, &prepared.dataset.train);
+    let steps = loader.total_steps(plan);
     let steps_per_epoch = loader.steps_per_epoch();
-    let (tokens, slots) = loader.epoch(0).slots();
-    let count = loader.epoch(0).rows.len();
-    let capacity = count.saturating_mul(plan.data.max_seq_len);
+    let epoch = loader.epoch(0);
     let contract = Contract::new(&prepared.tokenizer, &plan.data.waive);
     let tensors = weights::expected_tensors(config);
     let parameters = tensors
@@ -141,9 +138,9 @@ fn summarise(prepared: &Prepared, device: String) -> Summary<'_> {
         trained_share: data.trained_tokens as f64 / data.tokens.max(1) as f64,
         rows: Rows {
             packing: plan.data.packing,
-            count,
-            fill: tokens as f64 / capacity.max(1) as f64,
-            padding: 1.0 - tokens as f64 / slots.max(1) as f64,
+            count: epoch.rows.len(),
+            fill: epoch.fill(plan.data.max_seq_len),
+            padding: epoch.padding(),
         },
         contract: contract.describe(&prepared.tokenizer),
         method: plan.adapter.method,

@@ -19,7 +19,7 @@ use crate::data::tokenize::ChatTokenizer;
 use crate::data::{self, Dataset, source, stats};
 use crate::export::write;
 use crate::recipe::Plan;
-use crate::train::{prepare, trainer};
+use crate::train::prepare;
 
 /// Shows rows, or counts them.
 ///
@@ -162,8 +162,7 @@ fn count(args: &StatsArgs, output: &Output) -> anyhow::Result<()> {
     let opened = open(&args.recipe, &mut renderer)?;
     let dataset = opened.dataset(&mut renderer)?;
     let seconds = begin.elapsed().as_secs_f64();
-    let steps = trainer::total_steps(&opened.plan, &dataset.train);
-    let stats = stats::stats(&opened.plan, &dataset, steps, seconds);
+    let stats = stats::stats(&opened.plan, &dataset, seconds);
     for warning in warnings::of_data(&opened.plan.data, &dataset.report) {
         renderer.warn(&warning);
     }

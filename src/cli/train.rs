@@ -17,7 +17,7 @@ use crate::train::optimizer::{AdamW, AdamWConfig};
 use crate::train::prepare::Prepared;
 use crate::train::run_dir::{self, Existing, RunDir, RunDirError};
 use crate::train::run_state::{self, Progress};
-use crate::train::trainer::{self, Outcome, Trainer};
+use crate::train::trainer::{Outcome, Trainer};
 
 /// Trains, or continues a run.
 ///
@@ -59,7 +59,7 @@ pub fn run(args: &TrainArgs, output: &Output) -> anyhow::Result<Exit> {
     )?;
     let mut trainer = Trainer {
         plan: &prepared.plan,
-        total_steps: trainer::total_steps(&prepared.plan, &prepared.dataset.train),
+        total_steps: feed.total_steps(&prepared.plan),
         feed,
         model,
         optimizer,

@@ -91,6 +91,14 @@ impl<'a> Feed<'a> {
         }
     }
 
+    /// Steps of the whole run of a plan; a stream has no other end than `max_steps`.
+    pub fn total_steps(&self, plan: &Plan) -> usize {
+        match &self.kind {
+            Kind::Stored { loader, .. } => loader.total_steps(plan),
+            Kind::Streamed(_) => plan.train.max_steps.unwrap_or(0),
+        }
+    }
+
     /// Passes over the data after this many steps.
     pub fn epoch(&self, steps: usize) -> f64 {
         match &self.kind {

@@ -129,6 +129,18 @@ impl Pass {
         }
         (tokens, slots)
     }
+
+    /// Padding by all places of the micro-batches, in `[0, 1)`.
+    pub fn padding(&self) -> f64 {
+        let (tokens, slots) = self.slots();
+        1.0 - tokens as f64 / slots.max(1) as f64
+    }
+
+    /// Tokens by all that rows of `capacity` tokens hold, in `[0, 1]`.
+    pub fn fill(&self, capacity: usize) -> f64 {
+        let held = self.rows.len().saturating_mul(capacity);
+        self.slots().0 as f64 / held.max(1) as f64
+    }
 }
 
 /// Samples of one source and how often an epoch sees each.
@@ -220,6 +232,12 @@ impl Loader {
             .sum();
         let rest = epochs.fract() * self.steps_of(&self.epoch(epochs as usize)) as f64;
         whole + rest.ceil() as usize
+    }
+
+    /// Steps of the whole run of a plan.
+    pub fn total_steps(&self, plan: &Plan) -> usize {
+        let by_epochs = || self.steps(plan.train.num_epochs);
+        plan.train.max_steps.unwrap_or_else(by_epochs)
     }
 
     /// Whether epochs may differ in their number of rows.

@@ -230,22 +230,16 @@ impl<'a> Viewer<'a> {
                     note,
                 )
             }
-            Ok(None) => {
-                // Where nothing trains at all, that is said already.
-                let note = (trained(&masked.labels) > 0).then(|| {
-                    format!("left out: {whole} tokens, and nothing to train within the limit")
-                });
-                (
-                    tokens(tokenizer, &masked.input_ids, &masked.labels, &roles, 0),
-                    note,
-                )
-            }
-            Err(reason) => {
-                let note = Some(reason.to_string());
-                (
-                    tokens(tokenizer, &masked.input_ids, &masked.labels, &roles, 0),
-                    note,
-                )
+            left_out => {
+                let note = match left_out {
+                    Err(reason) => Some(reason.to_string()),
+                    // Where nothing trains at all, that is said already.
+                    Ok(_) => (trained(&masked.labels) > 0).then(|| {
+                        format!("left out: {whole} tokens, and nothing to train within the limit")
+                    }),
+                };
+                let (ids, labels) = (&masked.input_ids, &masked.labels);
+                (tokens(tokenizer, ids, labels, &roles, 0), note)
             }
         }
     }
@@ -258,12 +252,12 @@ fn tokens(
     roles: &[&'static str],
     segment: usize,
 ) -> Vec<PreviewToken> {
-    let texts = tokenizer.token_texts(ids);
+    let (texts, special) = (tokenizer.token_texts(ids), tokenizer.special_ids());
     let all = ids.iter().zip(labels).zip(texts).zip(roles).enumerate();
     all.map(|(position, (((id, label), text), role))| PreviewToken {
         id: *id,
         text,
-        special: tokenizer.is_special(*id),
+        special: special.contains(id),
         // The first token of a segment is predicted from nothing.
         trained: *label != IGNORE_INDEX && position > 0,
         role,

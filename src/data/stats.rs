@@ -106,16 +106,11 @@ pub struct Bin {
 /// Most bars of the histogram.
 const MAX_BINS: usize = 16;
 
-/// Counts a dataset; `steps` is how many the run has.
-pub fn stats(plan: &Plan, dataset: &Dataset, steps: usize, seconds: f64) -> Stats {
+/// Counts a dataset, which took so long to load.
+pub fn stats(plan: &Plan, dataset: &Dataset, seconds: f64) -> Stats {
     let report = &dataset.report;
     let loader = feed::loader(plan, &dataset.train);
     let pass = loader.epoch(0);
-    let (tokens, slots) = pass.slots();
-    let capacity = match plan.data.packing {
-        Packing::Off => slots,
-        Packing::On | Packing::Wrap => pass.rows.len().saturating_mul(plan.data.max_seq_len),
-    };
     let weights = plan.data.train.iter().map(|source| source.weight);
     let sources = report.sources.iter().zip(weights);
     Stats {
@@ -149,10 +144,13 @@ pub fn stats(plan: &Plan, dataset: &Dataset, steps: usize, seconds: f64) -> Stat
         }
         .to_owned(),
         rows_per_epoch: pass.rows.len(),
-        fill: tokens as f64 / capacity.max(1) as f64,
-        padding_share: 1.0 - tokens as f64 / slots.max(1) as f64,
+        fill: match plan.data.packing {
+            Packing::Off => 1.0 - pass.padding(),
+            Packing::On | Packing::Wrap => pass.fill(plan.data.max_seq_len),
+        },
+        padding_share: pass.padding(),
         steps_per_epoch: loader.steps_per_epoch(),
-        steps,
+        steps: loader.total_steps(plan),
         cached: report.cached,
         seconds,
     }

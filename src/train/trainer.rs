@@ -381,9 +381,3 @@ impl Trainer<'_> {
 fn every(steps: usize, step: usize) -> bool {
     steps > 0 && step > 0 && step.is_multiple_of(steps)
 }
-
-/// Steps of the whole run.
-pub fn total_steps(plan: &Plan, train: &Split) -> usize {
-    let by_epochs = || feed::loader(plan, train).steps(plan.train.num_epochs);
-    plan.train.max_steps.unwrap_or_else(by_epochs)
-}

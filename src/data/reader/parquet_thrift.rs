@@ -139,17 +139,7 @@ impl<'a> Thrift<'a> {
                     self.skip_element(kinds & 0x0f, depth)
                 })
             }
-            STRUCT => {
-                let mut id = 0;
-                loop {
-                    let (next, kind) = self.field(id)?;
-                    if kind == STOP {
-                        return Some(());
-                    }
-                    id = next;
-                    self.skip(kind, depth)?;
-                }
-            }
+            STRUCT => self.fields(|reader, _, kind| reader.skip(kind, depth).map(|()| true)),
             13 => self.advance(16),
             _ => None,
         }

@@ -8,6 +8,7 @@ mod tokenizer_files;
 mod vocabulary;
 mod word_cache;
 
+use std::collections::BTreeSet;
 use std::io::Write;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -266,10 +267,9 @@ impl ChatTokenizer {
         self.tokenizer.token_to_id(token)
     }
 
-    /// Whether a token is special: control tokens, not text.
-    pub fn is_special(&self, id: u32) -> bool {
-        let added = self.tokenizer.get_added_tokens_decoder();
-        added.get(&id).is_some_and(|token| token.special)
+    /// The special tokens, in order: control tokens, not text.
+    pub fn special_ids(&self) -> BTreeSet<u32> {
+        special_ids(&self.tokenizer)
     }
 
     /// The end-of-sequence token.
@@ -346,12 +346,15 @@ fn write_atomically(path: &Path, content: &[u8]) -> std::io::Result<()> {
 /// Tokens that no text is made of: special ones, the last first, then a byte that UTF-8 never has, as
 /// SentencePiece and byte-level BPE write it.
 fn no_text(tokenizer: &Tokenizer) -> impl Iterator<Item = u32> {
+    let special = special_ids(tokenizer).into_iter().rev();
+    let byte = ["<0xFF>", "ÿ"].map(|token| tokenizer.token_to_id(token));
+    special.chain(byte.into_iter().flatten())
+}
+
+fn special_ids(tokenizer: &Tokenizer) -> BTreeSet<u32> {
     let added = tokenizer.get_added_tokens_decoder().into_iter();
     let special = added.filter(|(_, token)| token.special);
-    let mut special: Vec<u32> = special.map(|(id, _)| id).collect();
-    special.sort_unstable_by(|a, b| b.cmp(a));
-    let byte = ["<0xFF>", "ÿ"].map(|token| tokenizer.token_to_id(token));
-    special.into_iter().chain(byte.into_iter().flatten())
+    special.map(|(id, _)| id).collect()
 }
 
 /// Adds the tokens that stand in `tokenizer_config.json` alone, as transformers does.
