@@ -191,7 +191,7 @@ fn rope_scaling_is_read_and_written_back() {
     file.set("llama.rope.scaling.type", Value::String("linear".into()));
     file.set("llama.rope.scaling.factor", Value::Float(2.5));
     let config = file.open().unwrap().1.config().unwrap();
-    assert_eq!(config.rope.scaling, RopeScaling::Linear { factor: 2.5 });
+    assert_eq!(config.ropes[0].scaling, RopeScaling::Linear { factor: 2.5 });
 
     file.set("llama.rope.scaling.type", Value::String("yarn".into()));
     file.set(
@@ -199,7 +199,7 @@ fn rope_scaling_is_read_and_written_back() {
         Value::Unsigned(32),
     );
     let config = file.open().unwrap().1.config().unwrap();
-    match config.rope.scaling {
+    match config.ropes[0].scaling.clone() {
         RopeScaling::Yarn {
             factor,
             original_max_position_embeddings,
@@ -239,13 +239,16 @@ fn llama_3_frequency_factors_become_llama3_scaling_in_config_json() {
         .push(("rope_freqs.weight".into(), vec![8], factors.clone()));
     let (_dir, weights) = file.open().unwrap();
     let config = weights.config().unwrap();
-    assert_eq!(config.rope.scaling, RopeScaling::Factors(factors));
+    assert_eq!(config.ropes[0].scaling, RopeScaling::Factors(factors));
     check(&weights, &config).unwrap();
     let json = config.to_hf_json("bfloat16", weights.path()).unwrap();
     assert_eq!(json["rope_scaling"]["rope_type"], "llama3");
     assert_eq!(json["rope_scaling"]["factor"], 8.0);
     let reread = ModelConfig::from_json(&json.to_string(), weights.path()).unwrap();
-    assert!(matches!(reread.rope.scaling, RopeScaling::Llama3 { .. }));
+    assert!(matches!(
+        reread.ropes[0].scaling,
+        RopeScaling::Llama3 { .. }
+    ));
 
     let last = file.tensors.last_mut().unwrap();
     last.2 = vec![1.0, 2.0, 3.0, 1.0, 5.0, 6.0, 7.0, 8.0];
@@ -267,7 +270,7 @@ fn tied_heads_biases_and_surplus_tensors_are_seen() {
         .push(("blk.0.attn_q.bias".into(), vec![64], bias));
     let (_dir, weights) = file.open().unwrap();
     let config = weights.config().unwrap();
-    assert!(config.attention_bias);
+    assert!(config.qkv_bias);
     // [(pair, half)] → [(half, pair)] in a head of 16.
     let bias = weights
         .read_f32("model.layers.0.self_attn.q_proj.bias")
@@ -293,7 +296,7 @@ fn metadata_that_cannot_be_served_is_named() {
         (
             "general.architecture",
             Value::String("gemma3".into()),
-            "`gemma3` is not supported; supported: llama",
+            "`gemma3` in a GGUF file is not supported; supported: llama",
         ),
         (
             "llama.expert_count",

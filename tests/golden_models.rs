@@ -7,12 +7,15 @@ use burn::tensor::Device;
 use lorafit::device::scalar;
 use lorafit::infer::{Sampling, generate};
 use lorafit::model::config::ModelConfig;
+use lorafit::model::families::FAMILIES;
 use lorafit::model::weights::Weights;
 use lorafit::model::{CausalLm, Tokens};
+use lorafit::nn::Rope;
 use lorafit::train::step;
 
 use crate::reference::{
-    Case, Figures, Tensors, distance, failed, flat, load, run_all, tolerance, unpacked,
+    Case, Figures, Tensors, distance, failed, flat, load, own, reference, run_all, tolerance,
+    unpacked,
 };
 
 fn shifted(labels: &[i32], tokens: usize) -> Arc<[i32]> {
@@ -24,6 +27,8 @@ fn model_case(dir: &Path) -> Case {
     let expected = Tensors::open(&dir.join("expected.safetensors"));
     let mut figures = Figures::default();
     check_forward(&model, &expected, &mut figures);
+    check_rope(&model, &expected, &mut figures);
+    check_routers(&model, &expected, &mut figures);
     check_greedy(&model, &expected, &mut figures);
     let v4 = dir.join("config_v4.json");
     if v4.exists() {
@@ -90,6 +95,41 @@ fn check_forward(model: &CausalLm, expected: &Tensors, figures: &mut Figures) {
     );
 }
 
+/// The frequencies of models that have one rotary embedding.
+fn check_rope(model: &CausalLm, expected: &Tensors, figures: &mut Figures) {
+    let ([rope], true) = (&model.config().ropes[..], expected.has("rope_inv_freq")) else {
+        return;
+    };
+    let tokens = expected.shape("input_ids")[1];
+    let got = Rope::new(rope.clone()).frequencies(tokens);
+    let inverse: Vec<f32> = got.inverse.iter().map(|&f| f as f32).collect();
+    let want = expected.floats("rope_inv_freq");
+    let off = distance(&inverse, &want);
+    figures.check("rope", "rope_inv_freq", off, tolerance::LOGITS);
+    let want = expected.floats("rope_attention_scaling")[0];
+    let off = (got.attention_factor - want).abs();
+    figures.check("rope", "rope_attention_scaling", off, tolerance::LOSS);
+}
+
+/// The routers' logits, layer by layer.
+fn check_routers(model: &CausalLm, expected: &Tensors, figures: &mut Figures) {
+    if !expected.has("router_logits") {
+        return;
+    }
+    let ids = expected.ints("input_ids");
+    let input = Tokens {
+        ids: &ids,
+        batch: expected.shape("input_ids")[0],
+        positions: None,
+        segments: None,
+    };
+    let got: Vec<f32> = (model.router_logits(input).into_iter())
+        .flat_map(flat)
+        .collect();
+    let off = distance(&got, &expected.floats("router_logits"));
+    figures.check("router", "router_logits", off, tolerance::LOGITS);
+}
+
 /// The greedy continuation, through the KV cache.
 fn check_greedy(model: &CausalLm, expected: &Tensors, figures: &mut Figures) {
     // Closer calls than our own rounding may fall either way.
@@ -118,7 +158,37 @@ fn check_greedy(model: &CausalLm, expected: &Tensors, figures: &mut Figures) {
     }
 }
 
+/// The README's table of families, from the cases that pass.
+fn table(passed: &[String]) -> String {
+    let mut table = String::from("| `model_type` | class | models compared |\n|---|---|---|\n");
+    for family in FAMILIES {
+        let of_family = |case: &&String| {
+            let config = ModelConfig::from_dir(&own().join("models").join(case));
+            config.is_ok_and(|config| config.family == *family)
+        };
+        let cases: Vec<&str> = (passed.iter().filter(of_family))
+            .map(String::as_str)
+            .collect();
+        if !cases.is_empty() {
+            let (name, class) = (family.model_type, family.class_name);
+            table += &format!("| `{name}` | `{class}` | {} |\n", cases.join(", "));
+        }
+    }
+    table
+}
+
+/// Every case of the set; of the project's own set, the README's table says the same.
 #[test]
 fn models_equal_transformers() {
-    run_all("models", model_case);
+    let passed = run_all("models", model_case);
+    if reference() != own() {
+        return;
+    }
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("README.md");
+    let readme = std::fs::read_to_string(path).expect("README.md");
+    let table = table(&passed);
+    assert!(
+        readme.contains(&table),
+        "README.md lacks the table of families that pass:\n{table}"
+    );
 }

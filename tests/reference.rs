@@ -86,8 +86,9 @@ pub fn unpacked(input_ids: Vec<i32>, labels: Vec<i32>, tokens: usize) -> Batch {
     }
 }
 
-/// Runs every case of a folder, prints a line each, and fails if one failed or none passed.
-pub fn run_all(folder: &str, run: impl Fn(&Path) -> Case) {
+/// Runs every case of a folder, prints a line each, and fails if one failed or none passed; returns
+/// the names of those that passed.
+pub fn run_all(folder: &str, run: impl Fn(&Path) -> Case) -> Vec<String> {
     let folder = reference().join(folder);
     let mut cases: Vec<PathBuf> = std::fs::read_dir(&folder)
         .unwrap_or_else(|error| panic!("{}: {error}", folder.display()))
@@ -95,19 +96,17 @@ pub fn run_all(folder: &str, run: impl Fn(&Path) -> Case) {
         .filter(|path| path.is_dir() || path.extension().is_some_and(|e| e == "safetensors"))
         .collect();
     cases.sort();
-    let (mut passed, mut failures) = (0, Vec::new());
+    let (mut passed, mut failures) = (Vec::new(), Vec::new());
     // Not `println!`, which the test runner swallows when a test passes.
     let mut out = std::io::stderr().lock();
     for case in cases {
         let kind = folder.file_name().expect("a name").to_string_lossy();
-        let name = format!(
-            "{kind}/{}",
-            case.file_name().expect("a name").to_string_lossy()
-        );
+        let own_name = case.file_name().expect("a name").to_string_lossy();
+        let name = format!("{kind}/{own_name}");
         let verdict = run(&case).map_or_else(|verdict| verdict, Verdict::Passed);
         let line = match verdict {
             Verdict::Passed(figures) => {
-                passed += 1;
+                passed.push(own_name.to_string());
                 format!("golden {name}: passed ({figures})")
             }
             Verdict::NotYet(reason) => {
@@ -122,7 +121,12 @@ pub fn run_all(folder: &str, run: impl Fn(&Path) -> Case) {
         writeln!(out, "{line}").expect("stderr");
     }
     assert!(failures.is_empty(), "failed: {failures:?}");
-    assert!(passed > 0, "no case of {} is supported", folder.display());
+    assert!(
+        !passed.is_empty(),
+        "no case of {} is supported",
+        folder.display()
+    );
+    passed
 }
 
 /// The tensors of a safetensors file, as f64.

@@ -87,14 +87,11 @@ fn open_and_check(dir: &Path) -> Result<(), String> {
 }
 
 #[test]
-fn each_llama_golden_parses_in_both_styles_and_its_tensors_fit() {
+fn each_golden_parses_in_both_styles_and_its_tensors_fit() {
     let mut seen = 0;
     for dir in models() {
         let name = dir.file_name().unwrap().to_string_lossy().into_owned();
-        if !name.starts_with("llama") {
-            continue;
-        }
-        let config = ModelConfig::from_dir(&dir).unwrap();
+        let config = ModelConfig::from_dir(&dir).unwrap_or_else(|error| panic!("{error}"));
         let v4 = dir.join("config_v4.json");
         if v4.exists() {
             let text = fs::read_to_string(&v4).unwrap();
@@ -104,14 +101,13 @@ fn each_llama_golden_parses_in_both_styles_and_its_tensors_fit() {
                 "{name}"
             );
         }
-        let written = config.to_hf_json("float32", &dir).unwrap().to_string();
-        assert_eq!(
-            ModelConfig::from_json(&written, &dir).unwrap(),
-            config,
-            "{name}"
-        );
+        if name.starts_with("llama") {
+            let written = config.to_hf_json("float32", &dir).unwrap().to_string();
+            let reread = ModelConfig::from_json(&written, &dir).unwrap();
+            assert_eq!(reread, config, "{name}");
+        }
         let weights = Weights::open(&dir).unwrap();
-        check(&weights, &config).unwrap_or_else(|error| panic!("{error}"));
+        check(&weights, &config).unwrap_or_else(|error| panic!("{name}: {error}"));
         for name in weights.names() {
             let values = weights.read_f32(name).unwrap();
             let shape = weights.shape(name).unwrap();
@@ -120,30 +116,16 @@ fn each_llama_golden_parses_in_both_styles_and_its_tensors_fit() {
         }
         seen += 1;
     }
-    assert!(seen >= 9, "{seen} llama models");
-}
-
-#[test]
-fn other_families_are_refused_by_name() {
-    for dir in models() {
-        let name = dir.file_name().unwrap().to_string_lossy().into_owned();
-        if name.starts_with("llama") {
-            continue;
-        }
-        let error = ModelConfig::from_dir(&dir).unwrap_err().to_string();
-        assert!(error.contains("config.json: model_type"), "{name}: {error}");
-        assert!(
-            error.contains("llama (LlamaForCausalLM)"),
-            "{name}: {error}"
-        );
-    }
+    assert!(seen >= 30, "{seen} models");
 }
 
 #[test]
 fn rope_goldens_read_as_written() {
     let scaling = |name: &str| {
         let dir = own().join("models").join(name);
-        ModelConfig::from_dir(&dir).unwrap().rope.scaling
+        ModelConfig::from_dir(&dir).unwrap().ropes[0]
+            .scaling
+            .clone()
     };
     assert_eq!(scaling("llama"), RopeScaling::Default);
     assert_eq!(

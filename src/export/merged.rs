@@ -329,7 +329,8 @@ impl<'a> Merger<'a> {
         let deltas = (fitted.into_iter())
             .filter_map(|m| {
                 let pair = pairs.remove(&m.module)?;
-                Some((format!("{}.weight", m.module), (m.module, pair, m.scaling)))
+                let name = names::in_files(config.family, &format!("{}.weight", m.module));
+                Some((name, (m.module, pair, m.scaling)))
             })
             .collect();
         let (modules, unchanged) = (Vec::new(), Vec::new());

@@ -49,6 +49,11 @@ pub fn generate(
         .saturating_sub(prompt.len());
     let mut input: Vec<i32> = prompt.iter().map(|&id| id as i32).collect();
     while answer.len() < sampling.max_new_tokens.min(room) && !input.is_empty() {
+        if cache.is_stale(model, input.len()) {
+            cache = model.cache();
+            let all = prompt.iter().chain(&answer);
+            input = all.map(|&id| id as i32).collect();
+        }
         let logits = next_logits(model, &input, &mut cache);
         let token = sampling.pick(&logits, answer.len());
         if stop.contains(&token) {

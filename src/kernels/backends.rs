@@ -17,8 +17,13 @@ impl Kernels for Flex {
         rms_norm::forward(x, weight, eps)
     }
 
-    fn fused_rope(x: FlexTensor, cos: FlexTensor, sin: FlexTensor) -> FlexTensor {
-        rope::rotate(x, cos, sin, 1.0)
+    fn fused_rope(
+        x: FlexTensor,
+        cos: FlexTensor,
+        sin: FlexTensor,
+        layout: rope::RopeLayout,
+    ) -> FlexTensor {
+        rope::rotate(x, cos, sin, layout, 1.0)
     }
 
     fn fused_swiglu(gate: FlexTensor, up: FlexTensor) -> FlexTensor {
@@ -29,10 +34,11 @@ impl Kernels for Flex {
         q: FlexTensor,
         k: FlexTensor,
         v: FlexTensor,
+        sinks: FlexTensor,
         heads: attention::Heads,
         segments: Segments,
     ) -> FlexTensor {
-        attention::forward(q, k, v, heads, &segments).0
+        attention::forward(q, k, v, sinks, heads, &segments).0
     }
 
     fn fused_lora_linear(
@@ -65,8 +71,13 @@ impl KernelGradients for Flex {
         rms_norm::backward(x, weight, grad, eps, wants_weight)
     }
 
-    fn rope_backward(grad: FlexTensor, cos: FlexTensor, sin: FlexTensor) -> FlexTensor {
-        rope::rotate(grad, cos, sin, -1.0)
+    fn rope_backward(
+        grad: FlexTensor,
+        cos: FlexTensor,
+        sin: FlexTensor,
+        layout: rope::RopeLayout,
+    ) -> FlexTensor {
+        rope::rotate(grad, cos, sin, layout, -1.0)
     }
 
     fn swiglu_backward(
@@ -81,17 +92,19 @@ impl KernelGradients for Flex {
         q: FlexTensor,
         k: FlexTensor,
         v: FlexTensor,
+        sinks: FlexTensor,
         heads: attention::Heads,
         segments: &Segments,
     ) -> (FlexTensor, FlexTensor) {
-        attention::forward(q, k, v, heads, segments)
+        attention::forward(q, k, v, sinks, heads, segments)
     }
 
     fn attention_backward(
         saved: attention::Saved<Self>,
         grad: FlexTensor,
-    ) -> (FlexTensor, FlexTensor, FlexTensor) {
-        attention::backward(saved, grad)
+        wants_sinks: bool,
+    ) -> ([FlexTensor; 3], Option<FlexTensor>) {
+        attention::backward(saved, grad, wants_sinks)
     }
 
     fn lora_linear_forward(
@@ -135,8 +148,9 @@ impl<B: KernelGradients, C: CheckpointStrategy> Kernels for Autodiff<B, C> {
         x: FloatTensor<Self>,
         cos: FloatTensor<Self>,
         sin: FloatTensor<Self>,
+        layout: rope::RopeLayout,
     ) -> FloatTensor<Self> {
-        rope::tracked::<B, C>(x, cos, sin)
+        rope::tracked::<B, C>(x, cos, sin, layout)
     }
 
     fn fused_swiglu(gate: FloatTensor<Self>, up: FloatTensor<Self>) -> FloatTensor<Self> {
@@ -147,10 +161,11 @@ impl<B: KernelGradients, C: CheckpointStrategy> Kernels for Autodiff<B, C> {
         q: FloatTensor<Self>,
         k: FloatTensor<Self>,
         v: FloatTensor<Self>,
+        sinks: FloatTensor<Self>,
         heads: attention::Heads,
         segments: Segments,
     ) -> FloatTensor<Self> {
-        attention::tracked::<B, C>(q, k, v, heads, segments)
+        attention::tracked::<B, C>(q, k, v, sinks, heads, segments)
     }
 
     fn fused_lora_linear(

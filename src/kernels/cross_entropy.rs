@@ -33,28 +33,66 @@ pub struct LossAndGradients<B: Backend> {
     weight: Option<FloatTensor<B>>,
 }
 
-/// Sum of the cross entropies of the rows whose target is not negative.
+/// What is done to a product of hidden states and head before it is a logit.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct LogitShape {
+    /// Logits are multiplied by this (Cohere, Granite).
+    pub scale: f32,
+    /// Then they become `cap · tanh(logit / cap)` (Gemma 2).
+    pub soft_cap: Option<f32>,
+}
+
+/// Logits from products of hidden states and head.
 ///
 /// # Shapes
-/// hidden `[N, D]`, weight `[V, D]`, targets N token ids below V or negative → `[1]`
-pub fn linear_cross_entropy(
-    hidden: Tensor<2>,
-    weight: Tensor<2>,
-    targets: Arc<[i32]>,
-) -> Tensor<1> {
-    if is_cpu(&hidden.device()) {
-        Tensor::from_dispatch(Dispatch::fused_cross_entropy(
-            hidden.into_dispatch(),
-            weight.into_dispatch(),
-            targets,
-        ))
-    } else {
-        reference(hidden, weight, &targets)
+/// `[N, V]` → `[N, V]`
+pub fn shape_logits(products: Tensor<2>, shape: LogitShape) -> Tensor<2> {
+    let logits = match shape.scale {
+        1.0 => products,
+        scale => products * scale,
+    };
+    match shape.soft_cap {
+        Some(cap) => (logits / cap).tanh() * cap,
+        None => logits,
     }
 }
 
+/// Sum of the cross entropies of the rows whose target is not negative.
+///
+/// Heads with a bias or a soft cap take the plain operations, which hold the logits of all labelled
+/// rows.
+///
+/// # Shapes
+/// hidden `[N, D]`, weight `[V, D]`, bias `[V]`, targets N token ids below V or negative → `[1]`
+pub fn linear_cross_entropy(
+    hidden: Tensor<2>,
+    weight: Tensor<2>,
+    bias: Option<Tensor<1>>,
+    targets: Arc<[i32]>,
+    shape: LogitShape,
+) -> Tensor<1> {
+    if !is_cpu(&hidden.device()) || bias.is_some() || shape.soft_cap.is_some() {
+        return reference(hidden, weight, bias, &targets, shape);
+    }
+    let hidden = match shape.scale {
+        1.0 => hidden,
+        scale => hidden * scale,
+    };
+    Tensor::from_dispatch(Dispatch::fused_cross_entropy(
+        hidden.into_dispatch(),
+        weight.into_dispatch(),
+        targets,
+    ))
+}
+
 /// [`linear_cross_entropy`] from plain tensor operations.
-pub fn reference(hidden: Tensor<2>, weight: Tensor<2>, targets: &[i32]) -> Tensor<1> {
+pub fn reference(
+    hidden: Tensor<2>,
+    weight: Tensor<2>,
+    bias: Option<Tensor<1>>,
+    targets: &[i32],
+    shape: LogitShape,
+) -> Tensor<1> {
     let device = hidden.device();
     let labelled = labelled_rows(targets);
     if labelled.is_empty() {
@@ -65,8 +103,12 @@ pub fn reference(hidden: Tensor<2>, weight: Tensor<2>, targets: &[i32]) -> Tenso
         |values: Vec<i32>| Tensor::<1, Int>::from_data(TensorData::new(values, [n]), &device);
     let wanted: Vec<i32> = labelled.iter().map(|&row| targets[row]).collect();
     let rows = ints(labelled.iter().map(|&row| row as i32).collect());
-    let logits = hidden.select(0, rows).matmul(weight.transpose()); // [n, V]
-    activation::log_softmax(logits, 1)
+    let products = hidden.select(0, rows).matmul(weight.transpose()); // [n, V]
+    let products = match bias {
+        Some(bias) => products + bias.unsqueeze(),
+        None => products,
+    };
+    activation::log_softmax(shape_logits(products, shape), 1)
         .gather(1, ints(wanted).reshape([n, 1]))
         .neg()
         .sum()

@@ -3,11 +3,17 @@
 //!
 //! A public function such as [`rms_norm()`] takes the fused kernel where the device has one (the CPU)
 //! and the reference everywhere else. Both are tested against each other, forward and gradients.
+//! [`delta_rule()`] and [`causal_conv()`] have no fused kernel: they are plain operations everywhere.
 //! All of them store and compute in f32.
 
+pub mod activation;
 pub mod attention;
 mod backends;
+pub mod causal_conv;
+mod chunks;
 pub mod cross_entropy;
+pub mod delta_rule;
+pub mod expert_linear;
 mod flex;
 pub mod lora_linear;
 pub mod rms_norm;
@@ -21,11 +27,15 @@ use burn::backend::tensor::FloatTensor;
 use burn::backend::{Backend, DispatchDevice, backend_extension};
 use burn::tensor::Device;
 
+pub use activation::{Activation, activate, clamped_swiglu, gated};
 pub use attention::attention;
-pub use cross_entropy::linear_cross_entropy;
+pub use causal_conv::causal_conv;
+pub use cross_entropy::{LogitShape, linear_cross_entropy, shape_logits};
+pub use delta_rule::{DeltaHeads, DeltaInputs, delta_rule};
+pub use expert_linear::expert_linear;
 pub use lora_linear::lora_linear;
 pub use rms_norm::rms_norm;
-pub use rope::rope;
+pub use rope::{RopeLayout, rope};
 pub use segments::Segments;
 pub use swiglu::swiglu;
 
@@ -44,16 +54,18 @@ pub trait Kernels: Backend {
         x: FloatTensor<Self>,
         cos: FloatTensor<Self>,
         sin: FloatTensor<Self>,
+        layout: rope::RopeLayout,
     ) -> FloatTensor<Self>;
 
     /// See [`swiglu()`].
     fn fused_swiglu(gate: FloatTensor<Self>, up: FloatTensor<Self>) -> FloatTensor<Self>;
 
-    /// See [`attention()`].
+    /// See [`attention()`]; `[0]` stands for no sinks.
     fn fused_attention(
         q: FloatTensor<Self>,
         k: FloatTensor<Self>,
         v: FloatTensor<Self>,
+        sinks: FloatTensor<Self>,
         heads: attention::Heads,
         segments: Segments,
     ) -> FloatTensor<Self>;
@@ -91,6 +103,7 @@ pub trait KernelGradients: Kernels {
         grad: FloatTensor<Self>,
         cos: FloatTensor<Self>,
         sin: FloatTensor<Self>,
+        layout: rope::RopeLayout,
     ) -> FloatTensor<Self>;
 
     /// Gradients of gate and up.
@@ -105,15 +118,17 @@ pub trait KernelGradients: Kernels {
         q: FloatTensor<Self>,
         k: FloatTensor<Self>,
         v: FloatTensor<Self>,
+        sinks: FloatTensor<Self>,
         heads: attention::Heads,
         segments: &Segments,
     ) -> (FloatTensor<Self>, FloatTensor<Self>);
 
-    /// Gradients of q, k and v.
+    /// Gradients of q, k, v and (when wanted) the sinks.
     fn attention_backward(
         saved: attention::Saved<Self>,
         grad: FloatTensor<Self>,
-    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>);
+        wants_sinks: bool,
+    ) -> ([FloatTensor<Self>; 3], Option<FloatTensor<Self>>);
 
     /// Output `[N, out]` and `x Aᵀ` `[N, R]`.
     fn lora_linear_forward(
@@ -152,5 +167,7 @@ pub fn is_cpu(device: &Device) -> bool {
     )
 }
 
+#[cfg(test)]
+mod delta_rule_tests;
 #[cfg(test)]
 mod tests;

@@ -88,15 +88,27 @@ impl Segments {
         past
     }
 
-    /// Cuts each segment into blocks of at most `size` queries.
-    pub(super) fn blocks(&self, size: usize, past: usize) -> impl Iterator<Item = Vec<QueryBlock>> {
+    /// Cuts each segment into blocks of at most `size` queries, each of which sees itself and, with
+    /// a `window`, at most the `window - 1` keys before it.
+    pub(super) fn blocks(
+        &self,
+        size: usize,
+        past: usize,
+        window: Option<usize>,
+    ) -> impl Iterator<Item = Vec<QueryBlock>> {
+        let window = window.unwrap_or(usize::MAX);
         self.ranges().enumerate().map(move |(i, rows)| {
             let key = rows.start + i * past;
-            let block = |first: usize| QueryBlock {
-                query: rows.start + first,
-                queries: size.min(rows.len() - first),
-                key,
-                visible: past + first + 1,
+            let block = |first: usize| {
+                let reach = past + first + 1;
+                let skipped = reach.saturating_sub(window);
+                QueryBlock {
+                    query: rows.start + first,
+                    queries: size.min(rows.len() - first),
+                    key: key + skipped,
+                    reach: reach - skipped,
+                    window,
+                }
             };
             (0..rows.len()).step_by(size).map(block).collect()
         })
@@ -110,21 +122,24 @@ pub(super) struct QueryBlock {
     pub query: usize,
     /// Number of queries.
     pub queries: usize,
-    /// Row of the segment's first key.
+    /// Row of the first key that any query sees: the segment's first, or that of the window.
     pub key: usize,
-    /// Keys that the first query sees; each query after it sees one more.
-    visible: usize,
+    /// Keys from there to the first query's own; the own key of each query after it is the next.
+    reach: usize,
+    /// Keys that a query sees at most.
+    window: usize,
 }
 
 impl QueryBlock {
-    /// Keys that query `i` sees.
-    pub fn visible(&self, i: usize) -> usize {
-        self.visible + i
+    /// Keys that query `i` sees, counted from `key`.
+    pub fn visible(&self, i: usize) -> Range<usize> {
+        let end = self.reach + i;
+        end.saturating_sub(self.window)..end
     }
 
-    /// Keys that the last query, and so any query, sees.
+    /// Keys that one query or another sees.
     pub fn keys(&self) -> usize {
-        self.visible(self.queries - 1)
+        self.visible(self.queries - 1).end
     }
 
     /// Time that the block takes, in scores; a block of any size pays for a few calls.
@@ -182,18 +197,40 @@ mod tests {
 
     #[test]
     fn blocks_cover_each_segment_and_see_its_past() {
-        let blocks: Vec<QueryBlock> = Segments::uniform(2, 5).blocks(4, 3).flatten().collect();
-        let seen = |b: &QueryBlock| (b.query, b.queries, b.key, b.visible(0), b.keys());
-        let seen: Vec<_> = blocks.iter().map(seen).collect();
+        let segments = Segments::uniform(2, 5);
+        let blocks = segments.blocks(4, 3, None).flatten();
+        let seen = |b: QueryBlock| (b.query, b.queries, b.key, b.visible(0), b.keys());
+        let seen: Vec<_> = blocks.map(seen).collect();
         assert_eq!(
             seen,
             [
-                (0, 4, 0, 4, 7),
-                (4, 1, 0, 8, 8),
-                (5, 4, 8, 4, 7),
-                (9, 1, 8, 8, 8)
+                (0, 4, 0, 0..4, 7),
+                (4, 1, 0, 0..8, 8),
+                (5, 4, 8, 0..4, 7),
+                (9, 1, 8, 0..8, 8)
             ]
         );
+    }
+
+    #[test]
+    fn blocks_start_at_the_first_key_of_their_window() {
+        let segments = Segments::packed(1, [0, 3, 13].into());
+        let blocks = segments.blocks(4, 0, Some(3)).flatten();
+        let seen = |b: QueryBlock| (b.query, b.key, b.visible(0), b.visible(2), b.keys());
+        let seen: Vec<_> = blocks.map(seen).collect();
+        assert_eq!(
+            seen,
+            [
+                (0, 0, 0..1, 0..3, 3),
+                (3, 3, 0..1, 0..3, 4),
+                (7, 5, 0..3, 2..5, 6),
+                (11, 9, 0..3, 2..5, 4)
+            ]
+        );
+        let cached: Vec<_> = Segments::uniform(2, 1).blocks(4, 6, Some(3)).collect();
+        let seen = cached.concat();
+        let seen: Vec<_> = seen.iter().map(|b| (b.key, b.visible(0))).collect();
+        assert_eq!(seen, [(4, 0..3), (11, 0..3)]);
     }
 
     #[test]

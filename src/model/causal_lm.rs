@@ -5,12 +5,12 @@ use std::sync::Arc;
 use burn::tensor::{Device, Int, Tensor, TensorData};
 
 use super::block::Block;
-use super::config::ModelConfig;
-use super::names;
-use super::tensor_reader::TensorReader;
+use super::config::{ModelConfig, RopeScaling};
+use super::tensor_reader::{Outline, TensorReader};
 use super::weights::{self, Weights, WeightsError};
-use crate::kernels::{self, Segments};
-use crate::nn::{Dropout, LayerCache, LoraLinear, Parameter, RmsNorm, Rope, Rows, Visitor};
+use super::{build, names};
+use crate::kernels::{self, LogitShape, Segments};
+use crate::nn::{Dropout, LayerCache, LoraLinear, Norm, Parameter, Rope, Rows, Visitor};
 
 /// A causal language model on one device, in f32.
 #[derive(Debug, Clone)]
@@ -18,10 +18,12 @@ pub struct CausalLm {
     config: ModelConfig,
     embed_tokens: Tensor<2>,
     blocks: Vec<Block>,
-    norm: RmsNorm,
+    norm: Norm,
     /// `None` when the head is the embedding.
     lm_head: Option<Tensor<2>>,
-    rope: Rope,
+    /// Phi's.
+    head_bias: Option<Tensor<1>>,
+    ropes: Vec<Rope>,
     device: Device,
 }
 
@@ -46,6 +48,28 @@ pub struct KvCache {
     tokens: usize,
 }
 
+impl KvCache {
+    /// Whether the cached keys are rotated by other frequencies than those of a text `more` tokens
+    /// longer: LongRoPE changes them once, where the text outgrows the original context.
+    pub fn is_stale(&self, model: &CausalLm, more: usize) -> bool {
+        model.config.ropes.iter().any(|rope| match rope.scaling {
+            RopeScaling::Long {
+                original_max_position_embeddings: original,
+                ..
+            } => (1..=original).contains(&self.tokens) && self.tokens + more > original,
+            _ => false,
+        })
+    }
+}
+
+/// What a configuration calls for.
+pub(super) fn outline(config: &ModelConfig) -> Outline {
+    let mut reader = TensorReader::nowhere(config.clone());
+    // Nothing is read, so nothing can fail.
+    let _ = CausalLm::read(&mut reader);
+    reader.into_outline()
+}
+
 impl CausalLm {
     /// Loads a model's weights, converting them to f32 tensor by tensor.
     ///
@@ -57,39 +81,41 @@ impl CausalLm {
         device: &Device,
     ) -> Result<Self, WeightsError> {
         weights::check(weights, &config)?;
-        Self::build(TensorReader::files(weights, config, device))
+        Self::read(&mut TensorReader::files(weights, config, device))
     }
 
     /// Fresh weights: matrices normal with standard deviation `initializer_range`, norms 1,
     /// biases 0, as transformers initialises them.
     pub fn random(config: ModelConfig, seed: u64, device: &Device) -> Result<Self, WeightsError> {
-        Self::build(TensorReader::random(seed, config, device))
+        Self::read(&mut TensorReader::random(seed, config, device))
     }
 
-    fn build(mut reader: TensorReader) -> Result<Self, WeightsError> {
+    fn read(reader: &mut TensorReader) -> Result<Self, WeightsError> {
         let config = reader.config().clone();
-        let embed_tokens = reader.matrix(
-            &format!("{}.weight", names::EMBEDDING),
-            [config.vocab_size, config.hidden_size],
-        )?;
+        let table = [config.vocab_size, config.hidden_size];
+        let embed_tokens = reader.matrix(&format!("{}.weight", names::EMBEDDING), table)?;
         let blocks = (0..config.num_hidden_layers)
-            .map(|layer| reader.block(layer))
+            .map(|layer| build::block(reader, layer))
             .collect::<Result<_, _>>()?;
-        let norm = reader.norm(names::FINAL_NORM)?;
-        let lm_head = if config.tie_word_embeddings {
-            None
-        } else {
-            Some(reader.matrix(
-                &format!("{}.weight", names::HEAD),
-                [config.vocab_size, config.hidden_size],
-            )?)
+        let norm = reader.norm(config.family.final_norm, config.hidden_size)?;
+        let lm_head = match config.tie_word_embeddings {
+            true => None,
+            false => Some(reader.matrix(&format!("{}.weight", names::HEAD), table)?),
+        };
+        let head_bias = match config.family.head_bias {
+            true => {
+                let name = format!("{}.bias", names::HEAD);
+                Some(reader.vector(&name, config.vocab_size, 0.0)?)
+            }
+            false => None,
         };
         Ok(Self {
             embed_tokens,
             blocks,
             norm,
             lm_head,
-            rope: Rope::new(config.rope.clone(), config.head_dim),
+            head_bias,
+            ropes: config.ropes.iter().cloned().map(Rope::new).collect(),
             device: reader.device().clone(),
             config,
         })
@@ -109,7 +135,11 @@ impl CausalLm {
     pub fn embed(&self, tokens: Tokens) -> Tensor<2> {
         let ids = TensorData::new(tokens.ids.to_vec(), [tokens.ids.len()]);
         let ids = Tensor::<1, Int>::from_data(ids, &self.device);
-        self.embed_tokens.clone().select(0, ids)
+        let embedded = self.embed_tokens.clone().select(0, ids);
+        match self.config.embedding_multiplier {
+            1.0 => embedded,
+            factor => embedded * factor,
+        }
     }
 
     /// All blocks and the final norm. `dropout` is `None` outside training; with a `cache`, the
@@ -136,17 +166,39 @@ impl CausalLm {
         self.norm.forward(x)
     }
 
+    /// What the router of each sparse block says of each token, `[N, E]`, before softmax or sigmoid.
+    pub fn router_logits(&self, tokens: Tokens) -> Vec<Tensor<2>> {
+        let rows = self.rows(tokens, 0);
+        let mut x = self.embed(tokens);
+        let mut logits = Vec::new();
+        for block in &self.blocks {
+            logits.extend(block.router_logits(x.clone(), &rows));
+            x = block.forward(x, &rows, None, None);
+        }
+        logits
+    }
+
     /// Positions and segments of the tokens, `past` tokens of each segment being cached.
     fn rows(&self, tokens: Tokens, past: usize) -> Rows {
         let segments = match tokens.segments {
             Some(starts) => Segments::packed(tokens.batch, Arc::clone(starts)),
             None => Segments::uniform(tokens.batch, tokens.ids.len() / tokens.batch.max(1)),
         };
-        let (cos, sin) = match tokens.positions {
-            Some(positions) => self.rope.tables(positions, &self.device),
-            None => self.rope.tables(&segments.positions(past), &self.device),
+        let counted;
+        let positions = match tokens.positions {
+            Some(positions) => positions,
+            None => {
+                counted = segments.positions(past);
+                &counted
+            }
         };
-        Rows { cos, sin, segments }
+        let ropes = self.ropes.iter();
+        Rows {
+            ropes: ropes
+                .map(|rope| rope.tables(positions, &self.device))
+                .collect(),
+            segments,
+        }
     }
 
     /// Output of the final norm for each token. `[N, D]`
@@ -164,12 +216,25 @@ impl CausalLm {
     /// # Shapes
     /// hidden `[N, D]` → `[N, V]`
     pub fn logits(&self, hidden: Tensor<2>) -> Tensor<2> {
-        hidden.matmul(self.head().transpose())
+        let logits = hidden.matmul(self.head().transpose());
+        let logits = match &self.head_bias {
+            Some(bias) => logits + bias.clone().unsqueeze(),
+            None => logits,
+        };
+        kernels::shape_logits(logits, self.logit_shape())
     }
 
     /// Summed cross entropy of the rows whose target is not negative. `[1]`
     pub fn loss_sum(&self, hidden: Tensor<2>, targets: Arc<[i32]>) -> Tensor<1> {
-        kernels::linear_cross_entropy(hidden, self.head(), targets)
+        let (bias, shape) = (self.head_bias.clone(), self.logit_shape());
+        kernels::linear_cross_entropy(hidden, self.head(), bias, targets, shape)
+    }
+
+    fn logit_shape(&self) -> LogitShape {
+        LogitShape {
+            scale: self.config.logit_scale as f32,
+            soft_cap: self.config.logit_soft_cap.map(|cap| cap as f32),
+        }
     }
 
     /// The output head, `[V, D]`.
@@ -206,9 +271,12 @@ impl CausalLm {
         for (i, block) in self.blocks.iter_mut().enumerate() {
             block.visit(&names::block(i), visitor);
         }
-        self.norm.visit(names::FINAL_NORM, visitor);
+        self.norm.visit(self.config.family.final_norm, visitor);
         if let Some(head) = &mut self.lm_head {
             visitor(&format!("{}.weight", names::HEAD), Parameter::Matrix(head));
+        }
+        if let Some(bias) = &mut self.head_bias {
+            visitor(&format!("{}.bias", names::HEAD), Parameter::Vector(bias));
         }
     }
 

@@ -1,21 +1,25 @@
 //! The configuration of a causal language model, from Hugging Face `config.json`
 //! (transformers 4 and 5 styles) or GGUF metadata.
 //!
-//! The readers are `config_json.rs` and `gguf.rs`; `config_check.rs` says what both must satisfy,
+//! What the models of a family share stands in [`families`](super::families); the readers are `config_json.rs` and
+//! `gguf.rs`; `config_check.rs` says what both must satisfy,
 //! `config_write.rs` is the way back to `config.json`.
 
 pub use crate::nn::rope::{RopeConfig, RopeScaling};
 
 use std::path::{Path, PathBuf};
 
+use super::families::Family;
 use super::{config_check, config_json};
+use crate::kernels::Activation;
+use crate::nn::{ExpertGate, RouterRule};
 use crate::quant::gguf::GgufFile;
 
 /// What the model's shape and arithmetic depend on. Names are Hugging Face's.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ModelConfig {
-    /// The model family.
-    pub architecture: Architecture,
+    /// The model family: what all its models share.
+    pub family: &'static Family,
     /// V, rows of the embedding.
     pub vocab_size: usize,
     /// D, width of the residual stream.
@@ -32,29 +36,134 @@ pub struct ModelConfig {
     pub head_dim: usize,
     /// Longest sequence the model was trained for, in tokens.
     pub max_position_embeddings: usize,
-    /// Epsilon of the RMS norms.
-    pub rms_norm_eps: f64,
-    /// Whether q, k, v and o projections have biases.
-    pub attention_bias: bool,
-    /// Whether gate, up and down projections have biases.
+    /// Epsilon of the norms.
+    pub norm_eps: f64,
+    /// Activation of the feed-forward layers.
+    pub hidden_act: Activation,
+    /// Whether q, k and v projections have biases.
+    pub qkv_bias: bool,
+    /// Whether the output projection of attention has one.
+    pub o_bias: bool,
+    /// Whether the linear layers of the feed-forward layer have biases.
     pub mlp_bias: bool,
+    /// Factor of the attention scores.
+    pub attention_scale: f64,
+    /// Attention scores become `cap · tanh(score / cap)`.
+    pub attention_soft_cap: Option<f64>,
+    /// Norms of queries and keys.
+    pub qk_norm: QkNorm,
+    /// The rotary embeddings that layers choose from.
+    pub ropes: Vec<RopeConfig>,
+    /// What each block is made of.
+    pub layers: Vec<LayerConfig>,
+    /// Latent attention, in families that have it.
+    pub latent: Option<LatentConfig>,
+    /// Linear attention, of layers with [`Mixer::Linear`].
+    pub linear: Option<LinearConfig>,
+    /// Experts, of layers that are sparse.
+    pub moe: Option<MoeConfig>,
+    /// Embeddings are multiplied by this.
+    pub embedding_multiplier: f64,
+    /// What a layer adds to the residual stream is multiplied by this.
+    pub residual_multiplier: f64,
+    /// Logits are multiplied by this.
+    pub logit_scale: f64,
+    /// Logits become `cap · tanh(logit / cap)`.
+    pub logit_soft_cap: Option<f64>,
     /// Whether the output head is the embedding.
     pub tie_word_embeddings: bool,
     /// Standard deviation of freshly drawn weights.
     pub initializer_range: f64,
-    /// Rotary position embedding.
-    pub rope: RopeConfig,
     /// `bos_token_id`.
     pub bos_token_id: Option<u32>,
     /// `eos_token_id`, one or several.
     pub eos_token_ids: Vec<u32>,
 }
 
-/// The supported model families.
+/// What one block is made of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Architecture {
-    /// `LlamaForCausalLM`.
-    Llama,
+pub struct LayerConfig {
+    /// What mixes tokens.
+    pub mixer: Mixer,
+    /// A query sees itself and the `window - 1` tokens before it; all before it when `None`.
+    pub window: Option<usize>,
+    /// Which of [`ModelConfig::ropes`] rotates queries and keys; none in layers without positions.
+    pub rope: Option<usize>,
+    /// Whether the feed-forward layer is a mixture of experts.
+    pub sparse: bool,
+}
+
+/// What mixes tokens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mixer {
+    /// Softmax attention.
+    Attention,
+    /// Gated delta rule (linear attention).
+    Linear,
+}
+
+/// Norms of queries and keys before they are rotated.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum QkNorm {
+    /// None.
+    None,
+    /// Over each head, the family's kind, one weight for all heads.
+    Each,
+    /// Over all heads at once, the family's kind.
+    Whole,
+    /// A layer norm over each head with weights of its own.
+    Own,
+}
+
+/// Sizes of latent attention (DeepSeek-V2, arXiv 2405.04434).
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct LatentConfig {
+    /// Rank of the query projection; one full matrix when `None`.
+    pub q_lora_rank: Option<usize>,
+    /// Rank of the key and value projection.
+    pub kv_lora_rank: usize,
+    /// Width of a head that rotates.
+    pub qk_rope_head_dim: usize,
+    /// Width of a head that does not.
+    pub qk_nope_head_dim: usize,
+    /// Width of a value head.
+    pub v_head_dim: usize,
+    /// Whether pairs of neighbours rotate, not halves.
+    pub rope_interleave: bool,
+}
+
+/// Sizes of linear attention (gated delta rule, arXiv 2412.06464).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LinearConfig {
+    /// Key heads.
+    pub num_key_heads: usize,
+    /// Value heads; a multiple of the key heads.
+    pub num_value_heads: usize,
+    /// Width of a key head.
+    pub key_head_dim: usize,
+    /// Width of a value head.
+    pub value_head_dim: usize,
+    /// Tokens that the convolution sees.
+    pub conv_kernel_dim: usize,
+}
+
+/// Experts of the sparse layers.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct MoeConfig {
+    /// E
+    pub num_experts: usize,
+    /// Experts of a token.
+    pub num_experts_per_tok: usize,
+    /// F of an expert.
+    pub intermediate_size: usize,
+    /// F of the expert that sees every token; 0 for none.
+    pub shared_intermediate_size: usize,
+    /// How the router chooses.
+    pub rule: RouterRule,
+    /// What stands between the two layers of an expert.
+    pub gate: ExpertGate,
+    /// Weight of the load-balancing loss in transformers; for readers of the configuration.
+    pub router_aux_loss_coef: f64,
 }
 
 /// Why a configuration cannot be used.
@@ -77,7 +186,7 @@ pub enum ConfigError {
         source: serde_json::Error,
     },
     /// The model family is not supported.
-    #[error("{}: {key} {found} is not supported; supported: {}", path.display(), Architecture::SUPPORTED.join(", "))]
+    #[error("{}: {key} {found} is not supported; supported: {supported}", path.display())]
     Architecture {
         /// The file.
         path: PathBuf,
@@ -85,6 +194,8 @@ pub enum ConfigError {
         key: &'static str,
         /// Its value.
         found: String,
+        /// The values that would do.
+        supported: String,
     },
     /// A value is missing, of the wrong type, or out of range.
     #[error("{}: `{key}`: expected {expected}, found {found}", path.display())]
@@ -108,33 +219,6 @@ pub enum ConfigError {
         /// What to do instead.
         remedy: &'static str,
     },
-}
-
-impl Architecture {
-    /// Names of the supported families, as `model_type` and `architectures` write them.
-    pub const SUPPORTED: &'static [&'static str] = &["llama (LlamaForCausalLM)"];
-
-    /// The family that `model_type` (or GGUF's `general.architecture`) names.
-    pub fn from_model_type(name: &str) -> Option<Self> {
-        match name {
-            "llama" => Some(Self::Llama),
-            _ => None,
-        }
-    }
-
-    /// The name under `model_type`.
-    pub fn model_type(self) -> &'static str {
-        match self {
-            Self::Llama => "llama",
-        }
-    }
-
-    /// The class name under `architectures`.
-    pub fn class_name(self) -> &'static str {
-        match self {
-            Self::Llama => "LlamaForCausalLM",
-        }
-    }
 }
 
 impl ModelConfig {

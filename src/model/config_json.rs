@@ -1,13 +1,17 @@
 //! Reads Hugging Face's `config.json`.
 //!
-//! Defaults are those of transformers' `LlamaConfig`; rope parameters are standardised as in its
-//! `modeling_rope_utils.py` (`convert_rope_params_to_dict`, `standardize_rope_params`).
+//! Defaults are those of the family's class in transformers; `config_rope.rs` reads the rotary
+//! embedding.
 
 use std::path::Path;
 
 use serde_json::{Map, Value};
 
-use super::config::{Architecture, ConfigError, ModelConfig, RopeConfig, RopeScaling};
+use super::config::{ConfigError, LayerConfig, Mixer, ModelConfig, QkNorm};
+use super::config_check;
+use super::config_rope::rope;
+use super::families::{self, FAMILIES, Family};
+use crate::kernels::Activation;
 
 /// The configuration in `text`, values not yet checked against each other.
 pub(super) fn parse(text: &str, path: &Path) -> Result<ModelConfig, ConfigError> {
@@ -16,34 +20,82 @@ pub(super) fn parse(text: &str, path: &Path) -> Result<ModelConfig, ConfigError>
         source,
     })?;
     let root = Fields::new(&value, path, "")?;
-    let architecture = architecture(&root)?;
+    let family = family(&root)?;
     refuse_unsupported(&root)?;
-    let hidden_size = root.size("hidden_size")?.unwrap_or(4096);
-    let num_attention_heads = root.size("num_attention_heads")?.unwrap_or(32);
-    let max_position_embeddings = root.size("max_position_embeddings")?.unwrap_or(2048);
+    of_family(&root, family)
+}
+
+fn of_family(root: &Fields, family: &'static Family) -> Result<ModelConfig, ConfigError> {
+    let mut config = common(root, family)?;
+    (family.configure)(root, &mut config)?;
+    Ok(config)
+}
+
+/// What the keys that all families have say.
+fn common(root: &Fields, family: &'static Family) -> Result<ModelConfig, ConfigError> {
+    let d = &family.defaults;
+    let size = |key, default| Ok::<usize, ConfigError>(root.size(key)?.unwrap_or(default));
+    let hidden_size = size("hidden_size", d.hidden_size)?;
+    let heads = size("num_attention_heads", d.num_attention_heads)?;
+    let positions = size("max_position_embeddings", d.max_position_embeddings)?;
+    let layers = size("num_hidden_layers", d.num_hidden_layers)?;
+    let head_dim = match (root.size("head_dim")?, d.head_dim) {
+        (Some(width), _) => width,
+        (None, Some(width)) if !root.has("head_dim") => width,
+        _ => default_head_dim(root, hidden_size, heads)?,
+    };
+    let act = root.text(d.act_key)?.unwrap_or(d.act);
+    let hidden_act = Activation::from_hf(act).ok_or_else(|| {
+        let expected = "an activation that lorafit has, such as silu or gelu_pytorch_tanh";
+        root.error(d.act_key, expected, &format!("{act:?}"))
+    })?;
+    let layer = LayerConfig {
+        mixer: Mixer::Attention,
+        window: None,
+        rope: Some(0),
+        sparse: false,
+    };
     Ok(ModelConfig {
-        architecture,
-        vocab_size: root.size("vocab_size")?.unwrap_or(32000),
+        family,
+        vocab_size: size("vocab_size", d.vocab_size)?,
         hidden_size,
-        intermediate_size: root.size("intermediate_size")?.unwrap_or(11008),
-        num_hidden_layers: root.size("num_hidden_layers")?.unwrap_or(32),
-        num_attention_heads,
-        num_key_value_heads: root
-            .size("num_key_value_heads")?
-            .unwrap_or(num_attention_heads),
-        head_dim: match root.size("head_dim")? {
-            Some(width) => width,
-            None => default_head_dim(&root, hidden_size, num_attention_heads)?,
+        intermediate_size: size("intermediate_size", d.intermediate_size)?,
+        num_hidden_layers: layers,
+        num_attention_heads: heads,
+        num_key_value_heads: match root.has("num_key_value_heads") {
+            true => size("num_key_value_heads", heads)?,
+            false => d.num_key_value_heads.unwrap_or(heads),
         },
-        max_position_embeddings,
-        rms_norm_eps: root.number("rms_norm_eps")?.unwrap_or(1e-6),
-        attention_bias: root.flag("attention_bias")?.unwrap_or(false),
-        mlp_bias: root.flag("mlp_bias")?.unwrap_or(false),
-        tie_word_embeddings: root.flag("tie_word_embeddings")?.unwrap_or(false),
-        initializer_range: root.number("initializer_range")?.unwrap_or(0.02),
-        rope: rope(&root, max_position_embeddings)?,
-        bos_token_id: root.ids("bos_token_id", 1)?.first().copied(),
-        eos_token_ids: root.ids("eos_token_id", 2)?,
+        head_dim,
+        max_position_embeddings: positions,
+        norm_eps: root.number(d.eps_key)?.unwrap_or(d.eps),
+        hidden_act,
+        qkv_bias: false,
+        o_bias: false,
+        mlp_bias: false,
+        attention_scale: (head_dim as f64).powf(-0.5),
+        attention_soft_cap: None,
+        qk_norm: QkNorm::None,
+        ropes: vec![rope(root, family, head_dim, positions)?],
+        layers: vec![layer; layers.min(config_check::MAX_LAYERS)],
+        latent: None,
+        linear: None,
+        moe: None,
+        embedding_multiplier: 1.0,
+        residual_multiplier: 1.0,
+        logit_scale: 1.0,
+        logit_soft_cap: None,
+        tie_word_embeddings: root
+            .flag("tie_word_embeddings")?
+            .unwrap_or(d.tie_word_embeddings),
+        initializer_range: root
+            .number("initializer_range")?
+            .unwrap_or(d.initializer_range),
+        bos_token_id: root
+            .ids("bos_token_id", d.bos_token_id.as_slice())?
+            .first()
+            .copied(),
+        eos_token_ids: root.ids("eos_token_id", d.eos_token_ids)?,
     })
 }
 
@@ -57,26 +109,29 @@ fn default_head_dim(root: &Fields, hidden: usize, heads: usize) -> Result<usize,
 }
 
 /// The family, from `model_type`, or from `architectures` where there is none.
-fn architecture(root: &Fields) -> Result<Architecture, ConfigError> {
+fn family(root: &Fields) -> Result<&'static Family, ConfigError> {
     let refuse = |key: &'static str, found: String| ConfigError::Architecture {
         path: root.path.to_path_buf(),
         key,
         found,
+        supported: families::supported(),
     };
     let classes: Vec<&str> = match root.get("architectures") {
         Some(Value::Array(names)) => names.iter().filter_map(Value::as_str).collect(),
         _ => Vec::new(),
     };
-    let architecture = match (root.text("model_type")?, classes.first()) {
-        (Some(name), _) => Architecture::from_model_type(name)
+    let family = match (root.text("model_type")?, classes.first()) {
+        (Some(name), _) => families::by_model_type(name)
             .ok_or_else(|| refuse("model_type", format!("`{name}`")))?,
-        (None, Some(_)) => Architecture::Llama,
+        (None, Some(class)) => (FAMILIES.iter())
+            .find(|family| family.class_name == *class)
+            .ok_or_else(|| refuse("architectures", format!("{classes:?}")))?,
         (None, None) => return Err(root.error("model_type", "the model's family", "nothing")),
     };
-    if !classes.is_empty() && !classes.contains(&architecture.class_name()) {
+    if !classes.is_empty() && !classes.contains(&family.class_name) {
         return Err(refuse("architectures", format!("{classes:?}")));
     }
-    Ok(architecture)
+    Ok(family)
 }
 
 /// Refuses what would silently give other numbers than transformers'.
@@ -88,15 +143,6 @@ fn refuse_unsupported(root: &Fields) -> Result<(), ConfigError> {
             remedy,
         })
     };
-    match root.text("hidden_act")? {
-        None | Some("silu" | "swish") => {}
-        Some(other) => {
-            return unsupported(
-                format!("`hidden_act` {other:?}"),
-                "a Llama model has \"silu\"",
-            );
-        }
-    }
     if let Some(quantisation) = root.get("quantization_config") {
         let method = quantisation.get("quant_method").and_then(Value::as_str);
         return unsupported(
@@ -107,92 +153,40 @@ fn refuse_unsupported(root: &Fields) -> Result<(), ConfigError> {
             "use the model's original f32, f16 or bf16 weights, or a GGUF file",
         );
     }
+    if root.flag("is_causal")? == Some(false) {
+        return unsupported(
+            "`is_causal: false`".into(),
+            "lorafit trains models that write text from left to right",
+        );
+    }
     Ok(())
 }
 
-/// Rotary embedding, from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (4).
-fn rope(root: &Fields, max_positions: usize) -> Result<RopeConfig, ConfigError> {
-    let empty = Value::Object(Map::new());
-    let (key, value) = ["rope_scaling", "rope_parameters"]
-        .into_iter()
-        .find_map(|key| root.get(key).map(|value| (key, value)))
-        .unwrap_or(("rope_parameters", &empty));
-    let fields = Fields::new(value, root.path, key)?;
-    for source in [&fields, root] {
-        if let Some(share) = source.number("partial_rotary_factor")?
-            && share != 1.0
-        {
-            return Err(source.error("partial_rotary_factor", "1", &share.to_string()));
-        }
+impl ModelConfig {
+    /// The configuration of a model of this family with the given keys of `config.json`.
+    pub(super) fn of_family(
+        family: &'static Family,
+        keys: &Value,
+        path: &Path,
+    ) -> Result<Self, ConfigError> {
+        of_family(&Fields::new(keys, path, "")?, family)
     }
-    let theta = match fields.number("rope_theta")? {
-        Some(theta) => theta,
-        None => root.number("rope_theta")?.unwrap_or(10_000.0),
-    };
-    let kind = match fields.text("rope_type")? {
-        Some(kind) => Some(kind),
-        None => fields.text("type")?,
-    };
-    let original = || -> Result<usize, ConfigError> {
-        let key = "original_max_position_embeddings";
-        Ok(match root.size(key)? {
-            Some(length) => length,
-            None => fields.size(key)?.unwrap_or(max_positions),
-        })
-    };
-    let scaling = match kind.unwrap_or("default") {
-        "default" => RopeScaling::Default,
-        "linear" => RopeScaling::Linear {
-            factor: fields.required("factor")?,
-        },
-        "dynamic" => RopeScaling::Dynamic {
-            factor: fields.required("factor")?,
-            original_max_position_embeddings: max_positions,
-        },
-        "llama3" => RopeScaling::Llama3 {
-            factor: fields.required("factor")?,
-            low_freq_factor: fields.required("low_freq_factor")?,
-            high_freq_factor: fields.required("high_freq_factor")?,
-            original_max_position_embeddings: original()?,
-        },
-        "yarn" => yarn(&fields, original()?, max_positions)?,
-        other => {
-            let supported = "one of default, linear, dynamic, llama3, yarn";
-            return Err(fields.error("rope_type", supported, &format!("{other:?}")));
-        }
-    };
-    Ok(RopeConfig { theta, scaling })
-}
-
-/// YaRN's parameters; zeros count as absent, as Python's `or` has it in transformers.
-fn yarn(fields: &Fields, original: usize, max: usize) -> Result<RopeScaling, ConfigError> {
-    let non_zero = |key: &str| -> Result<Option<f64>, ConfigError> {
-        Ok(fields.number(key)?.filter(|&value| value != 0.0))
-    };
-    Ok(RopeScaling::Yarn {
-        factor: match fields.number("factor")? {
-            Some(factor) => factor,
-            None => max as f64 / original as f64,
-        },
-        original_max_position_embeddings: original,
-        attention_factor: fields.number("attention_factor")?,
-        beta_fast: non_zero("beta_fast")?.unwrap_or(32.0),
-        beta_slow: non_zero("beta_slow")?.unwrap_or(1.0),
-        mscale: non_zero("mscale")?,
-        mscale_all_dim: non_zero("mscale_all_dim")?,
-        truncate: fields.flag("truncate")?.unwrap_or(true),
-    })
 }
 
 /// A JSON object whose values are read by type; `null` counts as absent.
-struct Fields<'a> {
+pub(super) struct Fields<'a> {
     object: &'a Map<String, Value>,
-    path: &'a Path,
+    /// The file, for messages.
+    pub(super) path: &'a Path,
     prefix: &'a str,
 }
 
 impl<'a> Fields<'a> {
-    fn new(value: &'a Value, path: &'a Path, prefix: &'a str) -> Result<Self, ConfigError> {
+    pub(super) fn new(
+        value: &'a Value,
+        path: &'a Path,
+        prefix: &'a str,
+    ) -> Result<Self, ConfigError> {
         match value {
             Value::Object(object) => Ok(Self {
                 object,
@@ -208,7 +202,7 @@ impl<'a> Fields<'a> {
         }
     }
 
-    fn error(&self, key: &str, expected: &str, found: &str) -> ConfigError {
+    pub(super) fn error(&self, key: &str, expected: &str, found: &str) -> ConfigError {
         ConfigError::Value {
             path: self.path.to_path_buf(),
             key: match self.prefix {
@@ -220,11 +214,16 @@ impl<'a> Fields<'a> {
         }
     }
 
-    fn get(&self, key: &str) -> Option<&'a Value> {
+    /// Whether the key is there, be it `null`.
+    pub(super) fn has(&self, key: &str) -> bool {
+        self.object.contains_key(key)
+    }
+
+    pub(super) fn get(&self, key: &str) -> Option<&'a Value> {
         self.object.get(key).filter(|value| !value.is_null())
     }
 
-    fn read<T>(
+    pub(super) fn read<T>(
         &self,
         key: &str,
         expected: &str,
@@ -240,7 +239,7 @@ impl<'a> Fields<'a> {
     }
 
     /// A size; `32.0` counts, as some converters write it.
-    fn size(&self, key: &str) -> Result<Option<usize>, ConfigError> {
+    pub(super) fn size(&self, key: &str) -> Result<Option<usize>, ConfigError> {
         self.read(key, "a whole number", |value| match value.as_u64() {
             Some(n) => usize::try_from(n).ok(),
             None => value
@@ -250,27 +249,27 @@ impl<'a> Fields<'a> {
         })
     }
 
-    fn number(&self, key: &str) -> Result<Option<f64>, ConfigError> {
+    pub(super) fn number(&self, key: &str) -> Result<Option<f64>, ConfigError> {
         self.read(key, "a number", Value::as_f64)
     }
 
-    fn required(&self, key: &str) -> Result<f64, ConfigError> {
+    pub(super) fn required(&self, key: &str) -> Result<f64, ConfigError> {
         self.number(key)?
             .ok_or_else(|| self.error(key, "a number", "nothing"))
     }
 
-    fn flag(&self, key: &str) -> Result<Option<bool>, ConfigError> {
+    pub(super) fn flag(&self, key: &str) -> Result<Option<bool>, ConfigError> {
         self.read(key, "true or false", Value::as_bool)
     }
 
-    fn text(&self, key: &str) -> Result<Option<&'a str>, ConfigError> {
+    pub(super) fn text(&self, key: &str) -> Result<Option<&'a str>, ConfigError> {
         self.read(key, "text", Value::as_str)
     }
 
     /// One token id or a list of them; `default` when the key is absent, none when it is `null`.
-    fn ids(&self, key: &str, default: u32) -> Result<Vec<u32>, ConfigError> {
-        if !self.object.contains_key(key) {
-            return Ok(vec![default]);
+    fn ids(&self, key: &str, default: &[u32]) -> Result<Vec<u32>, ConfigError> {
+        if !self.has(key) {
+            return Ok(default.to_vec());
         }
         let id = |value: &Value| value.as_u64().and_then(|n| u32::try_from(n).ok());
         let ids = self.read(key, "a token id or a list of them", |value| match value {
@@ -295,6 +294,7 @@ fn shown(value: &Value) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::config::RopeScaling;
 
     fn read(text: &str) -> Result<ModelConfig, String> {
         ModelConfig::from_json(text, Path::new("config.json")).map_err(|error| error.to_string())
@@ -306,8 +306,8 @@ mod tests {
         assert_eq!(config.hidden_size, 4096);
         assert_eq!(config.num_key_value_heads, 32);
         assert_eq!(config.head_dim, 128);
-        assert_eq!(config.rope.theta, 10_000.0);
-        assert_eq!(config.rms_norm_eps, 1e-6);
+        assert_eq!(config.ropes[0].theta, 10_000.0);
+        assert_eq!(config.norm_eps, 1e-6);
         assert_eq!(config.bos_token_id, Some(1));
         assert_eq!(config.eos_token_ids, [2]);
     }
@@ -329,13 +329,13 @@ mod tests {
             mscale_all_dim: None,
             truncate: true,
         };
-        assert_eq!(config.rope.scaling, expected);
+        assert_eq!(config.ropes[0].scaling, expected);
     }
 
     #[test]
     fn faults_name_the_key_and_what_would_do() {
         let cases = [
-            (r#"{"model_type": "mamba"}"#, "llama (LlamaForCausalLM)"),
+            (r#"{"model_type": "mamba"}"#, "supported: llama, mistral"),
             (
                 r#"{"model_type": "llama", "architectures": ["LlamaForSequenceClassification"]}"#,
                 "LlamaForSequenceClassification",
@@ -345,7 +345,7 @@ mod tests {
                 "GPT2LMHeadModel",
             ),
             (r#"{"hidden_size": 8}"#, "`model_type`: expected"),
-            (r#"{"model_type": "llama", "hidden_act": "gelu"}"#, "silu"),
+            (r#"{"model_type": "llama", "hidden_act": "glu"}"#, "silu"),
             (
                 r#"{"model_type": "llama", "hidden_size": "64"}"#,
                 "`hidden_size`: expected a whole number",
@@ -388,7 +388,7 @@ mod tests {
             ),
             (
                 r#"{"model_type": "llama", "rope_scaling": {"type": "su"}}"#,
-                "`rope_scaling.rope_type`: expected one of default, linear, dynamic, llama3, yarn",
+                "`rope_scaling.rope_type`: expected one of default, linear, dynamic, llama3, yarn, longrope",
             ),
             (
                 r#"{"model_type": "llama", "rope_parameters": {"rope_type": "linear"}}"#,

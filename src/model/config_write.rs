@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use super::config::{ConfigError, ModelConfig, RopeConfig, RopeScaling};
 
 impl ModelConfig {
-    /// The configuration as `config.json`, with keys that transformers 4 and 5 both read.
+    /// The configuration of a Llama model from a GGUF file as `config.json`, with keys that transformers 4 and 5 both read.
     /// `dtype` is the weights' (`float32`, `float16`, `bfloat16`).
     ///
     /// # Errors
@@ -20,8 +20,8 @@ impl ModelConfig {
             several => json!(several),
         };
         Ok(json!({
-            "architectures": [self.architecture.class_name()],
-            "attention_bias": self.attention_bias,
+            "architectures": [self.family.class_name],
+            "attention_bias": self.qkv_bias,
             "attention_dropout": 0.0,
             "bos_token_id": self.bos_token_id,
             "eos_token_id": eos,
@@ -32,13 +32,13 @@ impl ModelConfig {
             "intermediate_size": self.intermediate_size,
             "max_position_embeddings": self.max_position_embeddings,
             "mlp_bias": self.mlp_bias,
-            "model_type": self.architecture.model_type(),
+            "model_type": self.family.model_type,
             "num_attention_heads": self.num_attention_heads,
             "num_hidden_layers": self.num_hidden_layers,
             "num_key_value_heads": self.num_key_value_heads,
-            "rms_norm_eps": self.rms_norm_eps,
-            "rope_scaling": self.rope.scaling_json(path)?,
-            "rope_theta": self.rope.theta,
+            "rms_norm_eps": self.norm_eps,
+            "rope_scaling": self.ropes[0].scaling_json(path)?,
+            "rope_theta": self.ropes[0].theta,
             "tie_word_embeddings": self.tie_word_embeddings,
             "torch_dtype": dtype,
             "use_cache": true,
@@ -69,6 +69,18 @@ impl RopeConfig {
                 "original_max_position_embeddings": original_max_position_embeddings,
             }),
             yarn @ RopeScaling::Yarn { .. } => yarn_json(yarn),
+            RopeScaling::Long {
+                short_factor,
+                long_factor,
+                original_max_position_embeddings,
+                attention_factor,
+            } => json!({
+                "rope_type": "longrope",
+                "short_factor": short_factor,
+                "long_factor": long_factor,
+                "original_max_position_embeddings": original_max_position_embeddings,
+                "attention_factor": attention_factor,
+            }),
             RopeScaling::Factors(factors) => {
                 let scaling = super::gguf::llama3_scaling(self.theta, factors).ok_or_else(|| {
                     ConfigError::Unsupported {
@@ -77,8 +89,11 @@ impl RopeConfig {
                         remedy: "they are not Llama 3's; start from the model's safetensors instead of its GGUF",
                     }
                 })?;
-                let theta = self.theta;
-                return RopeConfig { theta, scaling }.scaling_json(path);
+                let rope = RopeConfig {
+                    scaling,
+                    ..self.clone()
+                };
+                return rope.scaling_json(path);
             }
         })
     }

@@ -3,7 +3,10 @@
 //! Keys: <https://github.com/ggml-org/ggml/blob/master/docs/gguf.md>; the permutation and the
 //! frequency factors are those of llama.cpp's `convert_hf_to_gguf.py` (`LlamaModel`).
 
-use super::config::{Architecture, ConfigError, ModelConfig, RopeConfig, RopeScaling};
+use serde_json::json;
+
+use super::config::{ConfigError, ModelConfig, RopeScaling};
+use super::families;
 use crate::quant::gguf::GgufFile;
 
 /// The tensor of frequency factors, which Llama 3 conversions carry.
@@ -17,11 +20,13 @@ const PERMUTED: [&str; 2] = ["self_attn.q_proj", "self_attn.k_proj"];
 pub(super) fn config(file: &GgufFile) -> Result<ModelConfig, ConfigError> {
     let fields = Fields { file };
     let name = file.metadata.str("general.architecture").unwrap_or("?");
-    let architecture =
-        Architecture::from_model_type(name).ok_or_else(|| ConfigError::Architecture {
+    let family = families::by_model_type(name)
+        .filter(|family| family.model_type == "llama")
+        .ok_or_else(|| ConfigError::Architecture {
             path: file.path().to_path_buf(),
             key: "general.architecture",
-            found: format!("`{name}`"),
+            found: format!("`{name}` in a GGUF file"),
+            supported: "llama; other families from their safetensors".into(),
         })?;
     refuse_unsupported(&fields)?;
     let hidden_size = fields.required("llama.embedding_length")?;
@@ -39,30 +44,31 @@ pub(super) fn config(file: &GgufFile) -> Result<ModelConfig, ConfigError> {
         }
     }
     let max_position_embeddings = fields.required("llama.context_length")?;
-    Ok(ModelConfig {
-        architecture,
-        vocab_size: vocab_size(&fields)?,
-        hidden_size,
-        intermediate_size: fields.required("llama.feed_forward_length")?,
-        num_hidden_layers: fields.required("llama.block_count")?,
-        num_attention_heads,
-        num_key_value_heads: fields
-            .size("llama.attention.head_count_kv")?
-            .unwrap_or(num_attention_heads),
-        head_dim,
-        max_position_embeddings,
-        rms_norm_eps: fields.required_number("llama.attention.layer_norm_rms_epsilon")?,
-        attention_bias: file.tensors.contains_key("blk.0.attn_q.bias"),
-        mlp_bias: file.tensors.contains_key("blk.0.ffn_gate.bias"),
-        tie_word_embeddings: !file.tensors.contains_key("output.weight"),
-        initializer_range: 0.02,
-        rope: RopeConfig {
-            theta: fields.number("llama.rope.freq_base")?.unwrap_or(10_000.0),
-            scaling: scaling(&fields, max_position_embeddings)?,
-        },
-        bos_token_id: fields.token("tokenizer.ggml.bos_token_id"),
-        eos_token_ids: eos_token_ids(&fields),
-    })
+    let mut config = ModelConfig::of_family(
+        family,
+        &json!({
+            "vocab_size": vocab_size(&fields)?,
+            "hidden_size": hidden_size,
+            "intermediate_size": fields.required("llama.feed_forward_length")?,
+            "num_hidden_layers": fields.required("llama.block_count")?,
+            "num_attention_heads": num_attention_heads,
+            "num_key_value_heads": fields
+                .size("llama.attention.head_count_kv")?
+                .unwrap_or(num_attention_heads),
+            "head_dim": head_dim,
+            "max_position_embeddings": max_position_embeddings,
+            "rms_norm_eps": fields.required_number("llama.attention.layer_norm_rms_epsilon")?,
+            "attention_bias": file.tensors.contains_key("blk.0.attn_q.bias"),
+            "mlp_bias": file.tensors.contains_key("blk.0.ffn_gate.bias"),
+            "tie_word_embeddings": !file.tensors.contains_key("output.weight"),
+            "rope_theta": fields.number("llama.rope.freq_base")?.unwrap_or(10_000.0),
+            "bos_token_id": fields.token("tokenizer.ggml.bos_token_id"),
+            "eos_token_id": eos_token_ids(&fields),
+        }),
+        file.path(),
+    )?;
+    config.ropes[0].scaling = scaling(&fields, max_position_embeddings)?;
+    Ok(config)
 }
 
 /// Refuses what would silently give other numbers than llama.cpp's.

@@ -1,17 +1,21 @@
 //! A base model's configuration and weights become a causal language model.
 //!
-//! [`config`] reads `config.json` or GGUF metadata, [`weights`] reads
-//! tensors ([`gguf`] those of GGUF files), [`names`] holds every rename, [`causal_lm`] puts
-//! [`block`]s together.
+//! [`config`] reads `config.json` or GGUF metadata, [`families`] says what sets the families apart,
+//! [`weights`] reads tensors ([`gguf`] those of GGUF files), [`names`] holds every rename and
+//! [`pieces`] how tensors lie in files, [`causal_lm`] puts [`block`]s together.
 
 pub mod block;
+mod build;
 pub mod causal_lm;
 pub mod config;
 mod config_check;
 mod config_json;
+mod config_rope;
 mod config_write;
+pub mod families;
 pub mod gguf;
 pub mod names;
+pub mod pieces;
 mod shard;
 mod tensor_reader;
 pub mod weights;

@@ -3,7 +3,8 @@
 //! A *module path* is Hugging Face's, such as `model.layers.0.self_attn.q_proj`; a tensor name is
 //! a module path with `.weight` or `.bias`.
 
-use super::config::{Architecture, ModelConfig};
+use super::config::ModelConfig;
+use super::families::Family;
 
 /// Modules outside the blocks: Hugging Face, GGUF.
 const TOP: &[(&str, &str)] = &[
@@ -27,8 +28,8 @@ const LLAMA_BLOCK: &[(&str, &str)] = &[
 
 /// The token embedding.
 pub const EMBEDDING: &str = "model.embed_tokens";
-/// The norm before the output head.
-pub const FINAL_NORM: &str = "model.norm";
+/// The norm before the output head, in most families.
+const FINAL_NORM: &str = "model.norm";
 /// The output head.
 pub const HEAD: &str = "lm_head";
 /// What the path of a block's module starts with, before the layer's index.
@@ -136,30 +137,7 @@ pub struct Linear {
 
 /// Every linear layer but the output head, in the model's order.
 pub fn linears(config: &ModelConfig) -> Vec<Linear> {
-    let queries = config.num_attention_heads * config.head_dim;
-    let keys = config.num_key_value_heads * config.head_dim;
-    let (hidden, ff) = (config.hidden_size, config.intermediate_size);
-    let parts = match config.architecture {
-        Architecture::Llama => [
-            ("self_attn.q_proj", queries, hidden, config.attention_bias),
-            ("self_attn.k_proj", keys, hidden, config.attention_bias),
-            ("self_attn.v_proj", keys, hidden, config.attention_bias),
-            ("self_attn.o_proj", hidden, queries, config.attention_bias),
-            ("mlp.gate_proj", ff, hidden, config.mlp_bias),
-            ("mlp.up_proj", ff, hidden, config.mlp_bias),
-            ("mlp.down_proj", hidden, ff, config.mlp_bias),
-        ],
-    };
-    (0..config.num_hidden_layers)
-        .flat_map(|layer| {
-            parts.map(|(part, out_features, in_features, bias)| Linear {
-                path: format!("{}.{part}", block(layer)),
-                out_features,
-                in_features,
-                bias,
-            })
-        })
-        .collect()
+    super::causal_lm::outline(config).linears
 }
 
 /// The module path of every linear layer but the output head, in the model's order.
@@ -178,15 +156,28 @@ pub fn linear_shapes(config: &ModelConfig) -> Vec<(String, [usize; 2])> {
         .collect()
 }
 
-/// The module path of every norm, in the model's order.
-pub fn norms(config: &ModelConfig) -> Vec<String> {
-    let parts = match config.architecture {
-        Architecture::Llama => ["input_layernorm", "post_attention_layernorm"],
+/// Whether transformers passes over a tensor of the files: frequencies in old ones, and the layers
+/// that predict further tokens, which stand behind the last one or under `mtp`.
+pub(super) fn is_passed_over(name: &str, layers: usize) -> bool {
+    name.ends_with("rotary_emb.inv_freq")
+        || name.starts_with("mtp.")
+        || layer_of(name).is_some_and(|layer| layer >= layers)
+}
+
+/// How a family's files call a tensor of the model.
+pub fn in_files(family: &Family, name: &str) -> String {
+    let Some((block, part)) = name
+        .strip_prefix(BLOCK)
+        .and_then(|rest| rest.split_once('.'))
+    else {
+        return name.to_string();
     };
-    (0..config.num_hidden_layers)
-        .flat_map(|layer| parts.map(|part| format!("{}.{part}", block(layer))))
-        .chain([FINAL_NORM.to_string()])
-        .collect()
+    let renamed = family.renames.iter().find_map(|(module, file)| {
+        let rest = part.strip_prefix(module)?;
+        Some(format!("{file}{rest}"))
+    });
+    let part = renamed.unwrap_or_else(|| part.to_string());
+    format!("{BLOCK}{block}.{part}")
 }
 
 #[cfg(test)]

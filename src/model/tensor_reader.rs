@@ -2,17 +2,28 @@
 
 use burn::tensor::{Device, Tensor, TensorData};
 
-use super::block::Block;
 use super::config::ModelConfig;
-use super::names::{self, Linear};
+use super::names::Linear;
+use super::pieces::{Layout, pieces};
 use super::weights::{Weights, WeightsError};
-use crate::nn::{Attention, LoraLinear, Mlp, RmsNorm};
+use crate::nn::{LoraLinear, Norm, NormKind};
 use crate::random::Stream;
 
 /// Where the first value of a tensor comes from.
 enum Source<'a> {
     Files(&'a Weights),
     Random(Stream),
+    /// Nothing is read, tensors are empty: for what a configuration calls for.
+    Nowhere,
+}
+
+/// What a model is made of, without its values.
+#[derive(Debug, Default)]
+pub(super) struct Outline {
+    /// Name in transformers 5's modules, and shape, of every tensor in the model's order.
+    pub(super) tensors: Vec<(String, Vec<usize>)>,
+    /// Every linear layer but the output head.
+    pub(super) linears: Vec<Linear>,
 }
 
 /// Builds layers on a device, converting one tensor at a time to f32.
@@ -20,7 +31,7 @@ pub(super) struct TensorReader<'a> {
     source: Source<'a>,
     config: ModelConfig,
     device: Device,
-    linears: std::vec::IntoIter<Linear>,
+    outline: Outline,
     matrices: u64,
 }
 
@@ -36,12 +47,17 @@ impl<'a> TensorReader<'a> {
         Self::new(Source::Random(stream), config, device)
     }
 
+    /// No values at all.
+    pub(super) fn nowhere(config: ModelConfig) -> Self {
+        Self::new(Source::Nowhere, config, &Device::flex())
+    }
+
     fn new(source: Source<'a>, config: ModelConfig, device: &Device) -> Self {
         Self {
             source,
-            linears: names::linears(&config).into_iter(),
             config,
             device: device.clone(),
+            outline: Outline::default(),
             matrices: 0,
         }
     }
@@ -54,83 +70,154 @@ impl<'a> TensorReader<'a> {
         &self.device
     }
 
+    /// What was asked for so far.
+    pub(super) fn into_outline(self) -> Outline {
+        self.outline
+    }
+
     /// A matrix of the file's shape `[rows, cols]`.
-    pub(super) fn matrix(
-        &mut self,
-        name: &str,
-        [rows, cols]: [usize; 2],
-    ) -> Result<Tensor<2>, WeightsError> {
+    pub(super) fn matrix(&mut self, name: &str, shape: [usize; 2]) -> Read<Tensor<2>> {
+        self.weight(name, shape)
+    }
+
+    /// A matrix for each expert, `[E, out, in]`.
+    pub(super) fn cube(&mut self, name: &str, shape: [usize; 3]) -> Read<Tensor<3>> {
+        self.weight(name, shape)
+    }
+
+    /// What is drawn normal where there are no files.
+    fn weight<const D: usize>(&mut self, name: &str, shape: [usize; D]) -> Read<Tensor<D>> {
         self.matrices += 1;
-        let values = match &self.source {
-            Source::Files(weights) => weights.read_f32(name)?,
-            Source::Random(stream) => {
-                let (stream, std) = (stream.split(self.matrices), self.config.initializer_range);
-                (0..(rows * cols) as u64)
-                    .map(|i| (stream.normal(i) * std) as f32)
-                    .collect()
-            }
+        let Source::Random(stream) = &self.source else {
+            return self.tensor(name, shape, 0.0);
         };
+        self.outline
+            .tensors
+            .push((name.to_string(), shape.to_vec()));
+        let (stream, std) = (stream.split(self.matrices), self.config.initializer_range);
+        let n: usize = shape.iter().product();
+        let values: Vec<f32> = (0..n as u64)
+            .map(|i| (stream.normal(i) * std) as f32)
+            .collect();
         Ok(Tensor::from_data(
-            TensorData::new(values, [rows, cols]),
+            TensorData::new(values, shape),
             &self.device,
         ))
     }
 
     /// A vector, filled with `fresh` where there are no files.
-    fn vector(&self, name: &str, n: usize, fresh: f32) -> Result<Tensor<1>, WeightsError> {
-        let values = match &self.source {
-            Source::Files(weights) => weights.read_f32(name)?,
-            Source::Random(_) => vec![fresh; n],
-        };
-        Ok(Tensor::from_data(
-            TensorData::new(values, [n]),
-            &self.device,
-        ))
+    pub(super) fn vector(&mut self, name: &str, n: usize, fresh: f32) -> Read<Tensor<1>> {
+        self.tensor(name, [n], fresh)
     }
 
-    pub(super) fn norm(&self, path: &str) -> Result<RmsNorm, WeightsError> {
-        let weight = self.vector(&format!("{path}.weight"), self.config.hidden_size, 1.0)?;
-        Ok(RmsNorm {
+    /// A norm's weight for each head.
+    pub(super) fn norm_matrix(&mut self, path: &str, shape: [usize; 2]) -> Read<Tensor<2>> {
+        self.tensor(&format!("{path}.weight"), shape, 1.0)
+    }
+
+    /// A bias for each expert.
+    pub(super) fn bias_matrix(&mut self, name: &str, shape: [usize; 2]) -> Read<Tensor<2>> {
+        self.tensor(name, shape, 0.0)
+    }
+
+    /// The taps of a convolution, `[channels, K]`.
+    pub(super) fn taps(&mut self, name: &str, shape: [usize; 2]) -> Read<Tensor<2>> {
+        let spread = 1.0 / (shape[1] as f32).sqrt();
+        self.tensor(name, shape, spread)
+    }
+
+    /// A norm of the family's kind over `width` columns.
+    pub(super) fn norm(&mut self, path: &str, width: usize) -> Read<Norm> {
+        let (kind, eps) = (self.config.family.norm, self.config.norm_eps);
+        let fresh = match kind {
+            NormKind::RmsPlusOne => 0.0,
+            _ => 1.0,
+        };
+        let weight = self.vector(&format!("{path}.weight"), width, fresh)?;
+        let bias = match kind {
+            NormKind::LayerBias => Some(self.vector(&format!("{path}.bias"), width, 0.0)?),
+            _ => None,
+        };
+        Ok(Norm {
             weight,
-            eps: self.config.rms_norm_eps,
+            bias,
+            eps,
+            kind,
         })
     }
 
-    /// The next linear layer of the model's order.
-    fn linear(&mut self) -> Result<LoraLinear, WeightsError> {
-        let spec = self
-            .linears
-            .next()
-            .expect("names::linears has every layer that a block asks for");
-        let shape = [spec.out_features, spec.in_features];
-        let weight = self.matrix(&format!("{}.weight", spec.path), shape)?;
-        let bias = if spec.bias {
-            Some(self.vector(&format!("{}.bias", spec.path), spec.out_features, 0.0)?)
-        } else {
-            None
+    /// A linear layer that can carry an adapter.
+    pub(super) fn linear(
+        &mut self,
+        path: &str,
+        [out, input]: [usize; 2],
+        bias: bool,
+    ) -> Read<LoraLinear> {
+        self.outline.linears.push(Linear {
+            path: path.to_string(),
+            out_features: out,
+            in_features: input,
+            bias,
+        });
+        self.plain_linear(path, [out, input], bias)
+    }
+
+    /// A linear layer that cannot.
+    pub(super) fn plain_linear(
+        &mut self,
+        path: &str,
+        [out, input]: [usize; 2],
+        bias: bool,
+    ) -> Read<LoraLinear> {
+        let weight = self.matrix(&format!("{path}.weight"), [out, input])?;
+        let bias = match bias {
+            true => Some(self.vector(&format!("{path}.bias"), out, 0.0)?),
+            false => None,
         };
         Ok(LoraLinear::new(weight, bias))
     }
 
-    pub(super) fn block(&mut self, layer: usize) -> Result<Block, WeightsError> {
-        let path = names::block(layer);
-        Ok(Block {
-            input_layernorm: self.norm(&format!("{path}.input_layernorm"))?,
-            self_attn: Attention {
-                q_proj: self.linear()?,
-                k_proj: self.linear()?,
-                v_proj: self.linear()?,
-                o_proj: self.linear()?,
-                heads: self.config.num_attention_heads,
-                kv_heads: self.config.num_key_value_heads,
-                head_dim: self.config.head_dim,
-            },
-            post_attention_layernorm: self.norm(&format!("{path}.post_attention_layernorm"))?,
-            mlp: Mlp {
-                gate_proj: self.linear()?,
-                up_proj: self.linear()?,
-                down_proj: self.linear()?,
-            },
-        })
+    /// A tensor from the files, `fresh` everywhere where there are none.
+    fn tensor<const D: usize>(
+        &mut self,
+        name: &str,
+        shape: [usize; D],
+        fresh: f32,
+    ) -> Read<Tensor<D>> {
+        self.outline
+            .tensors
+            .push((name.to_string(), shape.to_vec()));
+        let data = match &self.source {
+            Source::Nowhere => TensorData::new(Vec::<f32>::new(), [0; D]),
+            Source::Random(_) => {
+                let n = shape.iter().product();
+                TensorData::new(vec![fresh; n], shape)
+            }
+            Source::Files(weights) => gather(weights, &self.config, name, &shape)?,
+        };
+        Ok(Tensor::from_data(data, &self.device))
     }
+}
+
+type Read<T> = Result<T, WeightsError>;
+
+/// A tensor of the model put together from the tensors of its files.
+fn gather(
+    weights: &Weights,
+    config: &ModelConfig,
+    name: &str,
+    shape: &[usize],
+) -> Read<TensorData> {
+    let pieces = pieces(config, name, shape);
+    let values = match pieces.as_slice() {
+        [one] if one.layout == Layout::Whole => weights.read_f32(&one.name)?,
+        _ => {
+            let mut values = vec![0f32; shape.iter().product()];
+            for piece in &pieces {
+                piece.put(&weights.read_f32(&piece.name)?, &mut values);
+            }
+            values
+        }
+    };
+    Ok(TensorData::new(values, shape.to_vec()))
 }

@@ -6,8 +6,9 @@ use std::fmt;
 use std::path::{Component, Path, PathBuf};
 
 use super::config::{ConfigError, ModelConfig};
-use super::names;
+use super::pieces::pieces;
 use super::shard::Shard;
+use super::{causal_lm, names};
 use crate::quant::blocks::BlockKind;
 use crate::quant::gguf::{GgufError, GgufFile};
 
@@ -423,35 +424,17 @@ pub(crate) fn read_index(index: &Path) -> Result<BTreeMap<String, String>, Weigh
     Ok(weight_map)
 }
 
-/// Every tensor the configuration calls for, with its shape. A tied output head is not listed.
+/// Every tensor that the configuration calls for, as its files call it, with its shape. A tied
+/// output head is not listed.
 pub fn expected_tensors(config: &ModelConfig) -> Vec<(String, Vec<usize>)> {
-    let (vocab, hidden) = (config.vocab_size, config.hidden_size);
-    let mut tensors = vec![(weight(names::EMBEDDING), vec![vocab, hidden])];
-    for linear in names::linears(config) {
-        let bias = format!("{}.bias", linear.path);
-        tensors.push((
-            weight(&linear.path),
-            vec![linear.out_features, linear.in_features],
-        ));
-        if linear.bias {
-            tensors.push((bias, vec![linear.out_features]));
-        }
-    }
-    for norm in names::norms(config) {
-        tensors.push((weight(&norm), vec![hidden]));
-    }
-    if !config.tie_word_embeddings {
-        tensors.push((weight(names::HEAD), vec![vocab, hidden]));
-    }
-    tensors
-}
-
-fn weight(module: &str) -> String {
-    format!("{module}.weight")
+    (causal_lm::outline(config).tensors.iter())
+        .flat_map(|(name, shape)| pieces(config, name, shape))
+        .map(|piece| (piece.name, piece.shape))
+        .collect()
 }
 
 /// Compares the tensors with those the configuration calls for. A tied output head may be stored
-/// or not; old files' `rotary_emb.inv_freq` are passed over.
+/// or not; what transformers passes over is passed over.
 ///
 /// # Errors
 /// [`WeightsError::Mismatch`] with every missing, extra and misshapen tensor.
@@ -463,10 +446,10 @@ pub fn check(weights: &Weights, config: &ModelConfig) -> Result<(), WeightsError
         .map(|(name, shape)| format!("missing: {name} {shape:?}"))
         .collect();
     expected
-        .entry(weight(names::HEAD))
+        .entry(format!("{}.weight", names::HEAD))
         .or_insert_with(|| vec![config.vocab_size, config.hidden_size]);
     for (name, tensor) in &weights.tensors {
-        if name.ends_with("rotary_emb.inv_freq") {
+        if names::is_passed_over(name, config.num_hidden_layers) {
             continue;
         }
         match expected.get(name) {

@@ -8,6 +8,8 @@ pub enum Parameter<'a> {
     Vector(&'a mut Tensor<1>),
     /// A matrix.
     Matrix(&'a mut Tensor<2>),
+    /// A matrix for each expert.
+    Cube(&'a mut Tensor<3>),
 }
 
 /// Called for each tensor with its full name, in a fixed order.
@@ -19,6 +21,7 @@ impl Parameter<'_> {
         match self {
             Self::Vector(x) => x.dims().to_vec(),
             Self::Matrix(x) => x.dims().to_vec(),
+            Self::Cube(x) => x.dims().to_vec(),
         }
     }
 
@@ -27,18 +30,16 @@ impl Parameter<'_> {
         match self {
             Self::Vector(x) => x.is_require_grad(),
             Self::Matrix(x) => x.is_require_grad(),
+            Self::Cube(x) => x.is_require_grad(),
         }
     }
 
     /// The values without gradient tracking, in one dimension.
     pub fn flat(&self) -> Tensor<1> {
         match self {
-            Self::Vector(x) => untracked((*x).clone()),
-            Self::Matrix(x) => {
-                let x = untracked((*x).clone());
-                let n = x.shape().num_elements();
-                x.reshape([n])
-            }
+            Self::Vector(x) => flat(x),
+            Self::Matrix(x) => flat(x),
+            Self::Cube(x) => flat(x),
         }
     }
 
@@ -46,33 +47,50 @@ impl Parameter<'_> {
     pub fn set_flat(&mut self, values: Tensor<1>) {
         let trainable = self.is_trainable();
         match self {
-            Self::Vector(x) => **x = leaf(values, trainable),
-            Self::Matrix(x) => {
-                let shape = x.dims();
-                **x = leaf(values.reshape(shape), trainable);
-            }
+            Self::Vector(x) => replace(x, values, trainable),
+            Self::Matrix(x) => replace(x, values, trainable),
+            Self::Cube(x) => replace(x, values, trainable),
         }
     }
 
     /// Makes it train or not.
     pub fn set_trainable(&mut self, trainable: bool) {
         match self {
-            Self::Vector(x) => **x = leaf(untracked((*x).clone()), trainable),
-            Self::Matrix(x) => **x = leaf(untracked((*x).clone()), trainable),
+            Self::Vector(x) => set_trainable(x, trainable),
+            Self::Matrix(x) => set_trainable(x, trainable),
+            Self::Cube(x) => set_trainable(x, trainable),
         }
     }
 
     /// Takes its gradient, in one dimension, out of a backward pass.
     pub fn take_gradient(&self, gradients: &mut Gradients) -> Option<Tensor<1>> {
         match self {
-            Self::Vector(x) => x.grad_remove(gradients),
-            Self::Matrix(x) => {
-                let gradient = x.grad_remove(gradients)?;
-                let n = gradient.shape().num_elements();
-                Some(gradient.reshape([n]))
-            }
+            Self::Vector(x) => take_gradient(x, gradients),
+            Self::Matrix(x) => take_gradient(x, gradients),
+            Self::Cube(x) => take_gradient(x, gradients),
         }
     }
+}
+
+fn one_dimension<const D: usize>(x: Tensor<D>) -> Tensor<1> {
+    let n = x.shape().num_elements();
+    x.reshape([n])
+}
+
+fn flat<const D: usize>(x: &Tensor<D>) -> Tensor<1> {
+    one_dimension(untracked(x.clone()))
+}
+
+fn replace<const D: usize>(x: &mut Tensor<D>, values: Tensor<1>, trainable: bool) {
+    *x = leaf(values.reshape(x.shape()), trainable);
+}
+
+fn set_trainable<const D: usize>(x: &mut Tensor<D>, trainable: bool) {
+    *x = leaf(untracked(x.clone()), trainable);
+}
+
+fn take_gradient<const D: usize>(x: &Tensor<D>, gradients: &mut Gradients) -> Option<Tensor<1>> {
+    x.grad_remove(gradients).map(one_dimension)
 }
 
 fn untracked<const D: usize>(x: Tensor<D>) -> Tensor<D> {

@@ -12,6 +12,8 @@ use burn::tensor::{Device, Tensor, TensorData};
 pub struct RopeConfig {
     /// Base of the frequencies.
     pub theta: f64,
+    /// How many columns of a head rotate; an even number.
+    pub dim: usize,
     /// How the frequencies are stretched for long contexts.
     pub scaling: RopeScaling,
 }
@@ -63,7 +65,19 @@ pub enum RopeScaling {
         /// Whether the ramp's ends are rounded to whole dimensions.
         truncate: bool,
     },
-    /// Frequencies divided one by one (GGUF's `rope_freqs.weight`). `[head_dim / 2]`
+    /// LongRoPE (arXiv 2402.13753): frequencies divided one by one, by one set of factors up to
+    /// the original context and by another beyond it.
+    Long {
+        /// Up to the original context, `[dim / 2]`.
+        short_factor: Vec<f64>,
+        /// Beyond it, `[dim / 2]`.
+        long_factor: Vec<f64>,
+        /// Original context length.
+        original_max_position_embeddings: usize,
+        /// Scale of cos and sin.
+        attention_factor: f64,
+    },
+    /// Frequencies divided one by one (GGUF's `rope_freqs.weight`). `[dim / 2]`
     Factors(Vec<f32>),
 }
 
@@ -71,31 +85,30 @@ pub enum RopeScaling {
 #[derive(Debug, Clone)]
 pub struct Rope {
     config: RopeConfig,
-    head_dim: usize,
 }
 
 /// Frequencies for one length, and the factor of cos and sin.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Frequencies {
-    /// Radians per position, `[Dh / 2]`.
+    /// Radians per position, `[dim / 2]`.
     pub inverse: Vec<f64>,
     /// Factor of cos and sin ("attention factor").
     pub attention_factor: f64,
 }
 
 impl Rope {
-    /// For heads of width `head_dim`, an even number.
-    pub fn new(config: RopeConfig, head_dim: usize) -> Self {
-        Self { config, head_dim }
+    /// Of a configuration.
+    pub fn new(config: RopeConfig) -> Self {
+        Self { config }
     }
 
-    /// cos and sin of each row's position, `[N, Dh / 2]` each.
+    /// cos and sin of each row's position, `[N, dim / 2]` each.
     ///
-    /// Dynamic scaling depends on the largest position of the whole batch, as in transformers.
+    /// Dynamic scaling and LongRoPE depend on the largest position of the whole batch, as in transformers.
     pub fn tables(&self, positions: &[usize], device: &Device) -> (Tensor<2>, Tensor<2>) {
         let length = positions.iter().max().map_or(0, |p| p + 1);
         let frequencies = self.frequencies(length);
-        let half = self.head_dim / 2;
+        let half = self.config.dim / 2;
         let n = positions.len() * half;
         let (mut cos, mut sin) = (Vec::with_capacity(n), Vec::with_capacity(n));
         // Packed rows come back to the same positions: each is computed once, then copied.
@@ -127,7 +140,7 @@ impl Rope {
 
     /// The frequencies for sequences of `length` tokens.
     pub fn frequencies(&self, length: usize) -> Frequencies {
-        let dim = self.head_dim;
+        let dim = self.config.dim;
         let plain = plain_frequencies(self.config.theta, dim);
         let unscaled = |inverse| Frequencies {
             inverse,
@@ -153,13 +166,28 @@ impl Rope {
                 let theta = self.config.theta * stretch.powf(exponent);
                 unscaled(plain_frequencies(theta, dim))
             }
+            RopeScaling::Long {
+                short_factor,
+                long_factor,
+                original_max_position_embeddings: original,
+                attention_factor,
+            } => {
+                let factors = match length > *original {
+                    true => long_factor,
+                    false => short_factor,
+                };
+                Frequencies {
+                    inverse: plain.iter().zip(factors).map(|(f, by)| f / by).collect(),
+                    attention_factor: *attention_factor,
+                }
+            }
             RopeScaling::Llama3 { .. } => unscaled(llama3(&self.config.scaling, plain)),
             RopeScaling::Yarn { .. } => yarn(&self.config, dim, plain),
         }
     }
 }
 
-/// `θ^(-2i / Dh)` for i in `0 .. Dh / 2`.
+/// `θ^(-2i / dim)` for i in `0 .. dim / 2`.
 fn plain_frequencies(theta: f64, dim: usize) -> Vec<f64> {
     (0..dim / 2)
         .map(|i| theta.powf(-(2.0 * i as f64) / dim as f64))
@@ -193,6 +221,14 @@ fn llama3(scaling: &RopeScaling, plain: Vec<f64>) -> Vec<f64> {
         .collect()
 }
 
+/// How much YaRN sharpens attention for contexts stretched by `factor` (`get_mscale`).
+pub(crate) fn yarn_scale(factor: f64, mscale: f64) -> f64 {
+    match factor <= 1.0 {
+        true => 1.0,
+        false => 0.1 * mscale * factor.ln() + 1.0,
+    }
+}
+
 /// YaRN (arXiv 2309.00071): interpolates low frequencies, keeps high ones, with a linear ramp.
 fn yarn(config: &RopeConfig, dim: usize, plain: Vec<f64>) -> Frequencies {
     let &RopeScaling::Yarn {
@@ -211,13 +247,7 @@ fn yarn(config: &RopeConfig, dim: usize, plain: Vec<f64>) -> Frequencies {
             attention_factor: 1.0,
         };
     };
-    let scale_of = |mscale: f64| {
-        if factor <= 1.0 {
-            1.0
-        } else {
-            0.1 * mscale * factor.ln() + 1.0
-        }
-    };
+    let scale_of = |mscale: f64| yarn_scale(factor, mscale);
     let attention_factor = attention_factor.unwrap_or(match (mscale, mscale_all_dim) {
         (Some(m), Some(all)) if m != 0.0 && all != 0.0 => scale_of(m) / scale_of(all),
         _ => scale_of(1.0),

@@ -8,13 +8,13 @@ use serde_json::Value;
 
 use super::prepare::Prepared;
 use crate::adapter::inject;
-use crate::device::to_vec;
 use crate::export::model::{DEFAULT_SHARD_SIZE, SaveDtype, write_model};
 use crate::export::peft::{ModelCard, WriteAdapterError, write_adapter};
 use crate::export::sidecar::{copy_notices, directory, read_config};
 use crate::export::write::{PartialDir, WriteError};
 use crate::model::CausalLm;
 use crate::model::config::ConfigError;
+use crate::model::pieces::pieces;
 use crate::model::weights::{Dtype, Weights};
 use crate::quant::gguf::GgufFile;
 use crate::recipe::resolve;
@@ -73,8 +73,10 @@ fn write_whole_model(run: &Prepared, model: &mut CausalLm, dir: &Path) -> Result
     let mut values = BTreeMap::new();
     let mut tensors = Vec::new();
     model.visit(&mut |name, parameter| {
-        tensors.push((name.to_string(), parameter.shape()));
-        values.insert(name.to_string(), parameter.flat());
+        for piece in pieces(&run.config, name, &parameter.shape()) {
+            tensors.push((piece.name.clone(), piece.shape.clone()));
+            values.insert(piece.name.clone(), (parameter.flat(), piece));
+        }
     });
     let config = base_config(run)?;
     let dtype = stored_dtype(run, &config);
@@ -85,7 +87,11 @@ fn write_whole_model(run: &Prepared, model: &mut CausalLm, dir: &Path) -> Result
         &tensors,
         dtype,
         DEFAULT_SHARD_SIZE,
-        |name| Ok::<_, WriteError>(values.get(name).cloned().map(to_vec).unwrap_or_default()),
+        |name| {
+            let stored = values.get(name).cloned();
+            let stored = stored.map(|(values, piece)| piece.take(values));
+            Ok::<_, WriteError>(stored.unwrap_or_default())
+        },
     )?;
     // What lies beside a GGUF file need not be the model's.
     if gguf(run).is_none() {
