@@ -9,6 +9,7 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use clap::Parser;
+use lorafit::adapter::config::AdapterConfig;
 use lorafit::adapter::inject::{self, Init};
 use lorafit::adapter::target::{self, Targeting};
 use lorafit::data::batch::Batch;
@@ -16,7 +17,6 @@ use lorafit::device::{self, DeviceSpec};
 use lorafit::model::weights::Weights;
 use lorafit::model::{CausalLm, names};
 use lorafit::random::Stream;
-use lorafit::recipe::TargetModules;
 use lorafit::train::optimizer::{AdamW, AdamWConfig};
 use lorafit::train::{memory, step};
 
@@ -55,6 +55,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         beta2: 0.999,
         eps: 1e-8,
         weight_decay: 0.01,
+        loraplus_lr_ratio: 1.0,
     });
     let mut rates = Vec::new();
     for number in 0..args.steps {
@@ -90,19 +91,10 @@ fn load(
 ) -> Result<CausalLm, Box<dyn std::error::Error>> {
     let weights = Weights::open(&args.base)?;
     let mut model = CausalLm::load(&weights, weights.config()?, device)?;
-    let targeting = Targeting {
-        target_modules: TargetModules::Pattern(target::ALL_LINEAR.to_string()),
-        exclude_modules: None,
-        layers_to_transform: None,
-        layers_pattern: Vec::new(),
-        rank: args.rank,
-        alpha: 2.0 * args.rank as f64,
-        rank_pattern: Vec::new(),
-        alpha_pattern: Vec::new(),
-        use_rslora: false,
-    };
+    let targeting = Targeting::all_linear(args.rank, 2.0 * args.rank as f64);
     let modules = target::select(&targeting, &names::linear_modules(model.config()))?;
-    inject::inject(&mut model, &modules, 0.0, &Init::Fresh { seed: 0 });
+    let config = AdapterConfig::new("base", None, targeting, 0.0);
+    inject::inject(&mut model, &config, &modules, &Init::Fresh { seed: 0 });
     Ok(model)
 }
 

@@ -1,15 +1,16 @@
 //! Training runs give PEFT's losses, norms, gradients, adapters and merged logits, step by step.
 
-use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 use std::path::Path;
 
 use lorafit::adapter::config::{AdapterConfig, AdapterConfigError};
 use lorafit::adapter::inject::{self, Init};
-use lorafit::adapter::peft::{self, LoraPair};
+use lorafit::adapter::peft::{self, AdapterWeights};
 use lorafit::data::batch::Batch;
 use lorafit::device::to_vec;
 use lorafit::export::merged::{MergeJob, merge};
 use lorafit::export::model::SaveDtype;
+use lorafit::model::names::LoraHalf;
 use lorafit::model::{CausalLm, Tokens, names};
 use lorafit::recipe::LrScheduler;
 use lorafit::train::optimizer::{AdamW, AdamWConfig};
@@ -23,21 +24,22 @@ use crate::reference::{
 };
 
 /// Reads an adapter; what it asks for beyond plain LoRA on linear layers is not supported yet.
-fn read_adapter(dir: &Path) -> Result<(AdapterConfig, BTreeMap<String, LoraPair>), Verdict> {
+fn read_adapter(dir: &Path) -> Result<(AdapterConfig, AdapterWeights), Verdict> {
     let tensors = Tensors::open(&dir.join("adapter_model.safetensors"));
     let config = AdapterConfig::load(dir).map_err(|error| match error {
         AdapterConfigError::Unsupported { .. } => not_yet(error),
         _ => failed(error),
     })?;
     let strange = |name: &&str| {
-        names::parse_peft_key(name).is_none_or(|(module, _)| !module.contains(".layers."))
+        names::parse_peft_key(name).is_some_and(|(module, _)| !module.contains(".layers."))
+            || name.contains("lora_embedding")
     };
     let file = tensors.file();
     if let Some(name) = file.names().into_iter().find(strange) {
         return Err(not_yet(format!("the adapter tensor {name}")));
     }
-    let (_, pairs) = peft::read_adapter(dir).map_err(failed)?;
-    Ok((config, pairs))
+    let (_, weights) = peft::read_adapter(dir).map_err(failed)?;
+    Ok((config, weights))
 }
 
 /// What a LoRA case trains with.
@@ -52,7 +54,7 @@ impl Hyper {
         if json["nf4_base"] == Value::Bool(true) {
             return Err(not_yet("a 4-bit base"));
         }
-        let known = ["lr", "betas", "eps", "weight_decay"];
+        let known = ["lr", "betas", "eps", "weight_decay", "loraplus_lr_ratio"];
         for key in json["optimizer"].as_object().expect("optimizer").keys() {
             if !known.contains(&key.as_str()) {
                 return Err(not_yet(format!("the optimizer's {key}")));
@@ -68,12 +70,25 @@ impl Hyper {
         self.json.pointer(path).and_then(Value::as_f64).expect(path)
     }
 
+    /// The names of the optimizer's groups.
+    fn groups(&self) -> impl Iterator<Item = &str> {
+        let names = self.json["lr_groups"].as_array().expect("lr_groups");
+        names.iter().map(|name| name.as_str().expect("a name"))
+    }
+
+    /// What LoRA+ multiplies the learning rate of B by.
+    fn ratio(&self) -> f64 {
+        let ratio = self.json.pointer("/optimizer/loraplus_lr_ratio");
+        ratio.and_then(Value::as_f64).unwrap_or(1.0)
+    }
+
     fn optimizer(&self) -> AdamW {
         AdamW::new(AdamWConfig {
             beta1: self.number("/optimizer/betas/0"),
             beta2: self.number("/optimizer/betas/1"),
             eps: self.number("/optimizer/eps"),
             weight_decay: self.number("/optimizer/weight_decay"),
+            loraplus_lr_ratio: self.ratio(),
         })
     }
 
@@ -99,15 +114,9 @@ fn lora_case(case: &Path) -> Case {
         .join("models")
         .join(hyper.json["base"].as_str().expect("base"));
     let mut model = load(&base)?;
-    let (config, pairs) = read_adapter(&case.join("adapter_init"))?;
-    let shapes = names::linear_shapes(model.config());
-    let modules = peft::fit(case, &config, &pairs, &shapes).map_err(failed)?;
-    inject::inject(
-        &mut model,
-        &modules,
-        config.lora_dropout,
-        &Init::Loaded(&pairs),
-    );
+    let (config, weights) = read_adapter(&case.join("adapter_init"))?;
+    let modules = peft::fit_model(case, &config, &weights, model.config()).map_err(failed)?;
+    inject::inject(&mut model, &config, &modules, &Init::Loaded(&weights));
     let expected = Tensors::open(&case.join("expected.safetensors"));
     let mut figures = Figures::default();
     let probe = |model: &CausalLm| probe(model, &expected);
@@ -194,12 +203,14 @@ fn train(
             scaled(norm, norms[i]),
             norm_tolerance,
         );
-        figures.check(
-            "lr",
-            &format!("lr[{i}]"),
-            (rate - rates[i * groups]).abs(),
-            tolerance::LEARNING_RATE,
-        );
+        for (group, want) in hyper.groups().zip(&rates[i * groups..(i + 1) * groups]) {
+            let rate = match group.starts_with('B') {
+                true => rate * hyper.ratio(),
+                false => rate,
+            };
+            let off = (rate - want).abs();
+            figures.check("lr", &format!("lr[{i}]"), off, tolerance::LEARNING_RATE);
+        }
         let tokens = (got.label_tokens as f64 - f64::from(counts[i])).abs();
         figures.check("tokens", &format!("n_label_tokens[{i}]"), tokens, 0.0);
         optimizer.step(model, got.gradients, rate);
@@ -208,13 +219,19 @@ fn train(
 }
 
 fn check_gradients(gradients: &Gradients, expected: &Tensors, figures: &mut Figures) {
+    let adapted: BTreeSet<&str> = (gradients.keys())
+        .filter_map(|name| name.strip_suffix(".lora_a"))
+        .collect();
     for (name, gradient) in gradients {
-        let (module, half) = name.rsplit_once(".lora_").expect("an adapter's tensor");
-        let key = format!(
-            "grad0.base_model.model.{module}.lora_{}.weight",
-            half.to_uppercase()
-        );
-        let off = distance(&to_vec(gradient.clone()), &expected.floats(&key));
+        let (module, field) = name.rsplit_once('.').expect("a tensor of a module");
+        let key = match field {
+            "lora_a" => names::peft_key(module, LoraHalf::A),
+            "lora_b" => names::peft_key(module, LoraHalf::B),
+            "magnitude" => names::magnitude_key(module),
+            _ => names::saved_key(name, adapted.contains(module)),
+        };
+        let want = expected.floats(&format!("grad0.{key}"));
+        let off = distance(&to_vec(gradient.clone()), &want);
         figures.check("gradient", &key, off, tolerance::GRADIENT);
     }
     let wanted = expected
@@ -229,18 +246,24 @@ fn check_gradients(gradients: &Gradients, expected: &Tensors, figures: &mut Figu
 
 fn check_final(model: &mut CausalLm, case: &Path, figures: &mut Figures) -> Result<(), Verdict> {
     let (_, want) = peft::read_adapter(&case.join("adapter_final")).map_err(failed)?;
-    let got: BTreeMap<String, LoraPair> = inject::extract(model).into_iter().collect();
-    let keys = |pairs: &BTreeMap<String, LoraPair>| pairs.keys().cloned().collect::<Vec<_>>();
-    if keys(&got) != keys(&want) {
+    let got = inject::extract(model);
+    if !got.pairs.keys().eq(want.pairs.keys()) || !got.saved.keys().eq(want.saved.keys()) {
         return Err(failed("the trained modules differ"));
     }
-    for (module, want) in &want {
-        let got = &got[module];
-        for (half, got, want) in [("A", &got.a, &want.a), ("B", &got.b, &want.b)] {
-            let want: Vec<f64> = want.iter().map(|&x| f64::from(x)).collect();
-            let name = format!("{module} {half}");
-            figures.check("adapter", &name, distance(got, &want), tolerance::ADAPTER);
+    let mut check = |name: String, got: &[f32], want: &[f32]| {
+        let want: Vec<f64> = want.iter().map(|&x| f64::from(x)).collect();
+        figures.check("adapter", &name, distance(got, &want), tolerance::ADAPTER);
+    };
+    for (module, want) in &want.pairs {
+        let got = &got.pairs[module];
+        check(format!("{module} A"), &got.a, &want.a);
+        check(format!("{module} B"), &got.b, &want.b);
+        if let (Some(got), Some(want)) = (&got.magnitude, &want.magnitude) {
+            check(format!("{module} magnitude"), got, want);
         }
+    }
+    for (name, want) in &want.saved {
+        check(name.clone(), &got.saved[name].values, &want.values);
     }
     Ok(())
 }

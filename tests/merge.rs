@@ -7,7 +7,7 @@ use std::sync::LazyLock;
 
 use half::bf16;
 use lorafit::adapter::config::AdapterConfig;
-use lorafit::adapter::peft::{LoraPair, fit, read_adapter};
+use lorafit::adapter::peft::{AdapterWeights, LoraPair, fit, read_adapter};
 use lorafit::adapter::target::Targeting;
 use lorafit::data::tokenize::ChatTokenizer;
 use lorafit::export::merged::{MergeError, MergeJob, merge, prepare};
@@ -56,7 +56,7 @@ pub fn names_in(dir: &Path) -> Vec<String> {
 /// Every tensor of base + adapter, computed one element at a time in f64.
 fn slowly_merged(base: &Path, adapter: &Path) -> BTreeMap<String, Vec<f64>> {
     let weights = Weights::open(base).unwrap();
-    let (config, pairs) = read_adapter(adapter).unwrap();
+    let (config, AdapterWeights { pairs, .. }) = read_adapter(adapter).unwrap();
     let linears: Vec<(String, [usize; 2])> = names::linears(&weights.config().unwrap())
         .into_iter()
         .map(|l| (l.path, [l.out_features, l.in_features]))
@@ -275,11 +275,11 @@ fn a_merge_that_equals_the_base_fails_and_leaves_nothing() {
 
 /// The trained golden adapter with B multiplied by `factor`.
 fn write_scaled(dir: &Path, factor: f32) {
-    let (config, mut pairs) = read_adapter(&adapter("all_linear", "adapter_final")).unwrap();
-    for pair in pairs.values_mut() {
+    let (config, mut weights) = read_adapter(&adapter("all_linear", "adapter_final")).unwrap();
+    for pair in weights.pairs.values_mut() {
         pair.b.iter_mut().for_each(|x| *x *= factor);
     }
-    write_adapter(dir, &config, &pairs, |_| Ok(()), &ModelCard::default()).unwrap();
+    write_adapter(dir, &config, &weights, |_| Ok(()), &ModelCard::default()).unwrap();
 }
 
 #[test]
@@ -363,12 +363,17 @@ fn tied_embeddings_stay_tied() {
                 a_shape,
                 b: vec![0.25; l.out_features],
                 b_shape,
+                magnitude: None,
             };
             (l.path, pair)
         })
         .collect();
     let adapter = AdapterConfig::new("org/tied", None, targeting, 0.05);
-    write_adapter(&own, &adapter, &pairs, |_| Ok(()), &ModelCard::default()).unwrap();
+    let weights = AdapterWeights {
+        pairs,
+        ..AdapterWeights::default()
+    };
+    write_adapter(&own, &adapter, &weights, |_| Ok(()), &ModelCard::default()).unwrap();
     let out = dir.path().join("out");
     let report = merge(&job(&base, &own, &out), &mut |_| ()).unwrap();
     assert_eq!(report.max_abs_delta, 0.25);

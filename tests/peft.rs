@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use lorafit::adapter::peft::{AdapterConfig, fit, read_adapter};
+use lorafit::adapter::peft::{AdapterConfig, AdapterWeights, fit, read_adapter};
 use lorafit::adapter::target::{ALL_LINEAR, Targeting, as_written, select};
 use lorafit::export::peft::{ModelCard, write_adapter};
 use lorafit::export::safetensors::{TensorInfo, f32_bytes, write_safetensors};
@@ -129,7 +129,7 @@ fn pefts_adapters_load_and_fit_their_base() {
     for name in PLAIN {
         for state in ["adapter_init", "adapter_final"] {
             let dir = case(name).join(state);
-            let (config, pairs) = read_adapter(&dir).unwrap();
+            let (config, AdapterWeights { pairs, .. }) = read_adapter(&dir).unwrap();
             let adapters = fit(&dir, &config, &pairs, &linears()).unwrap();
             assert_eq!(adapters.len(), pairs.len(), "{name}");
             let written = config.to_json();
@@ -140,7 +140,8 @@ fn pefts_adapters_load_and_fit_their_base() {
             );
         }
     }
-    let (config, pairs) = read_adapter(&case("attention_patterns").join("adapter_final")).unwrap();
+    let (config, AdapterWeights { pairs, .. }) =
+        read_adapter(&case("attention_patterns").join("adapter_final")).unwrap();
     let dir = Path::new("adapter");
     let scalings: BTreeMap<String, f64> =
         (fit(dir, &config, &pairs, &linears()).unwrap().into_iter())
@@ -154,9 +155,6 @@ fn pefts_adapters_load_and_fit_their_base() {
 #[test]
 fn other_methods_are_refused_by_name() {
     for (name, part) in [
-        ("dora", "use_dora: true"),
-        ("bias_lora_only", "bias: \"lora_only\""),
-        ("modules_to_save", "modules_to_save"),
         ("mixtral_experts", "target_parameters"),
         ("vera", "peft_type: \"VERA\""),
         ("embedding_lora", "lora_embedding_A"),
@@ -171,7 +169,7 @@ fn other_methods_are_refused_by_name() {
 #[test]
 fn an_adapter_for_another_base_does_not_fit() {
     let dir = case("all_linear").join("adapter_init");
-    let (config, pairs) = read_adapter(&dir).unwrap();
+    let (config, AdapterWeights { pairs, .. }) = read_adapter(&dir).unwrap();
     let mut base = linears();
     base[0].1 = [64, 65];
     base[1].0 = "model.layers.9.self_attn.k_proj".to_owned();
@@ -269,7 +267,7 @@ fn half_precision_factors_become_f32() {
         (info("B", Dtype::BF16, vec![4, 2]), brain.as_slice()),
     ];
     write_safetensors(&dir.path().join("adapter_model.safetensors"), &[], &tensors).unwrap();
-    let (_, pairs) = read_adapter(dir.path()).unwrap();
+    let (_, AdapterWeights { pairs, .. }) = read_adapter(dir.path()).unwrap();
     assert_eq!(pairs["l.q_proj"].a, [1.5; 8]);
     assert_eq!(pairs["l.q_proj"].b, [-0.25; 8]);
     assert_eq!(f32_bytes(&[1.0]).as_ref(), 1.0_f32.to_le_bytes());
@@ -286,7 +284,14 @@ fn a_recipe_default_reads_as_all_linear() {
 
 #[test]
 fn an_adapter_is_written_byte_for_byte_as_peft_does() {
-    for case in ["all_linear", "attention_patterns", "layers_subset"] {
+    for case in [
+        "all_linear",
+        "attention_patterns",
+        "layers_subset",
+        "dora",
+        "bias_lora_only",
+        "modules_to_save",
+    ] {
         let dir = tempfile::tempdir().unwrap();
         let golden = self::case(case).join("adapter_final");
         let (config, pairs) = read_adapter(&golden).unwrap();

@@ -5,9 +5,10 @@ use std::fs;
 use std::path::Path;
 
 use burn::tensor::Device;
+use lorafit::adapter::config::AdapterConfig;
 use lorafit::adapter::inject::{self, Init};
-use lorafit::adapter::peft::LoraPair;
-use lorafit::adapter::target::ModuleAdapter;
+use lorafit::adapter::peft::{AdapterWeights, LoraPair};
+use lorafit::adapter::target::{ModuleAdapter, Targeting};
 use lorafit::data::batch::{Batch, collate};
 use lorafit::data::reader::Place;
 use lorafit::data::{IGNORE_INDEX, Sample, SampleId};
@@ -87,6 +88,7 @@ pub(crate) fn tiny_model(full: bool, device: &Device) -> CausalLm {
             a_shape: [4, input],
             b: draw(out * 4, 1),
             b_shape: [out, 4],
+            magnitude: None,
         };
         pairs.insert(module.clone(), pair);
         modules.push(ModuleAdapter {
@@ -96,7 +98,12 @@ pub(crate) fn tiny_model(full: bool, device: &Device) -> CausalLm {
             scaling: 2.0,
         });
     }
-    inject::inject(&mut model, &modules, 0.0, &Init::Loaded(&pairs));
+    let weights = AdapterWeights {
+        pairs,
+        ..AdapterWeights::default()
+    };
+    let config = AdapterConfig::new("tiny", None, Targeting::all_linear(4, 8.0), 0.0);
+    inject::inject(&mut model, &config, &modules, &Init::Loaded(&weights));
     model
 }
 

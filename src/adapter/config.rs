@@ -1,15 +1,17 @@
 //! `adapter_config.json`, as PEFT 0.21 writes it for LoRA.
 //!
 //! Files of older versions lack keys, which then have PEFT's defaults; keys that only newer
-//! versions know are kept. What lorafit does not do (DoRA, biases, saved modules, …) is refused by
+//! versions know are kept. What lorafit does not do (VeRA, experts, new tokens, …) is refused by
 //! name, all of it in one error, because ignoring it would give another model than PEFT's.
 
 use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value, json};
 
+use super::config_read::Reader;
 use super::target::Targeting;
-use crate::recipe::plan::TargetModules;
+pub use crate::recipe::plan::TrainedBias;
+use crate::recipe::plan::{AdapterPlan, TargetModules};
 
 /// The file's name in an adapter directory.
 pub const CONFIG_FILE: &str = "adapter_config.json";
@@ -71,6 +73,12 @@ pub struct AdapterConfig {
     pub targeting: Targeting,
     /// Dropout in training.
     pub lora_dropout: f64,
+    /// Whether the rows of adapted weights have lengths of their own (DoRA, arXiv 2402.09353).
+    pub use_dora: bool,
+    /// Which biases train.
+    pub bias: TrainedBias,
+    /// Ends of the paths of modules that train whole and are saved whole.
+    pub modules_to_save: Vec<String>,
     /// How the first weights were drawn: `true`, `false`, `"gaussian"`, `"orthogonal"` or `"eva"`.
     pub init_lora_weights: Value,
     /// Keys that PEFT 0.21 does not know.
@@ -92,23 +100,20 @@ fn inert_keys() -> [(&'static str, Value); 8] {
 }
 
 /// Keys of features that are not implemented, with the value that leaves them off.
-fn unsupported_keys() -> [(&'static str, Value); 18] {
+fn unsupported_keys() -> [(&'static str, Value); 15] {
     [
         ("alora_invocation_tokens", Value::Null),
         ("arrow_config", Value::Null),
-        ("bias", json!("none")),
         ("ensure_weight_tying", json!(false)),
         ("fan_in_fan_out", json!(false)),
         ("kasa_config", Value::Null),
         ("layer_replication", Value::Null),
         ("lora_bias", json!(false)),
         ("megatron_config", Value::Null),
-        ("modules_to_save", Value::Null),
         ("monteclora_config", Value::Null),
         ("target_parameters", Value::Null),
         ("trainable_token_indices", Value::Null),
         ("use_bdlora", Value::Null),
-        ("use_dora", json!(false)),
         ("use_qalora", json!(false)),
         ("velora_config", Value::Null),
         ("peft_type", json!("LORA")),
@@ -119,6 +124,11 @@ fn unsupported_keys() -> [(&'static str, Value); 18] {
 const KNOWN_INIT: [&str; 3] = ["gaussian", "orthogonal", "eva"];
 
 impl AdapterConfig {
+    /// Whether the module trains whole: PEFT compares ends of paths, without regard for dots.
+    pub fn saves(&self, module: &str) -> bool {
+        self.modules_to_save.iter().any(|end| module.ends_with(end))
+    }
+
     /// A fresh adapter for causal language modelling.
     pub fn new(base: &str, revision: Option<&str>, targeting: Targeting, dropout: f64) -> Self {
         Self {
@@ -127,8 +137,21 @@ impl AdapterConfig {
             task_type: Some("CAUSAL_LM".to_owned()),
             targeting,
             lora_dropout: dropout,
+            use_dora: false,
+            bias: TrainedBias::None,
+            modules_to_save: Vec::new(),
             init_lora_weights: Value::Bool(true),
             unknown: Map::new(),
+        }
+    }
+
+    /// The same with what a plan says beyond its choice of modules.
+    pub fn with_plan(self, plan: &AdapterPlan) -> Self {
+        Self {
+            use_dora: plan.use_dora,
+            bias: plan.bias,
+            modules_to_save: plan.modules_to_save.clone().unwrap_or_default(),
+            ..self
         }
     }
 
@@ -162,10 +185,7 @@ impl AdapterConfig {
                 features,
             });
         }
-        let mut reader = Reader {
-            json: &json,
-            faults: Vec::new(),
-        };
+        let mut reader = Reader::new(&json);
         let config = reader.config();
         match config {
             Some(config) if reader.faults.is_empty() => Ok(config),
@@ -195,6 +215,15 @@ impl AdapterConfig {
             ("peft_version", json!(PEFT_VERSION)),
             ("init_lora_weights", self.init_lora_weights.clone()),
             ("lora_dropout", json!(self.lora_dropout)),
+            ("use_dora", json!(self.use_dora)),
+            ("bias", json!(self.bias)),
+            (
+                "modules_to_save",
+                match self.modules_to_save.as_slice() {
+                    [] => Value::Null,
+                    modules => json!(modules),
+                },
+            ),
             ("r", json!(t.rank)),
             ("lora_alpha", number(t.alpha)),
             (
@@ -283,147 +312,6 @@ fn unsupported(json: &Map<String, Value>) -> Vec<String> {
     found
 }
 
-/// Takes values out of the JSON object and collects what is wrong with them.
-struct Reader<'a> {
-    json: &'a Map<String, Value>,
-    faults: Vec<String>,
-}
-
-impl<'a> Reader<'a> {
-    fn config(&mut self) -> Option<AdapterConfig> {
-        if self.json.get("peft_type").is_none_or(Value::is_null) {
-            self.faults
-                .push("peft_type is missing; expected \"LORA\"".to_owned());
-        }
-        let targets = self.modules("target_modules");
-        if targets.is_none() && self.faults.iter().all(|f| !f.starts_with("target_modules")) {
-            self.faults
-                .push("target_modules is missing; expected names or a pattern".to_owned());
-        }
-        let targeting = Targeting {
-            target_modules: targets.unwrap_or(TargetModules::Names(Vec::new())),
-            exclude_modules: self.modules("exclude_modules"),
-            layers_to_transform: self.layers(),
-            layers_pattern: self.strings("layers_pattern").unwrap_or_default(),
-            rank: self
-                .get("r", "a whole number from 1", positive)
-                .unwrap_or(8),
-            alpha: self
-                .get("lora_alpha", "a number", Value::as_f64)
-                .unwrap_or(8.0),
-            rank_pattern: self.patterns("rank_pattern", "a whole number from 1", positive),
-            alpha_pattern: self.patterns("alpha_pattern", "a number", Value::as_f64),
-            use_rslora: self
-                .get("use_rslora", "true or false", Value::as_bool)
-                .unwrap_or(false),
-        };
-        let config = AdapterConfig {
-            base_model_name_or_path: self.string("base_model_name_or_path"),
-            revision: self.string("revision"),
-            task_type: self.string("task_type"),
-            targeting,
-            lora_dropout: self
-                .get("lora_dropout", "a number", Value::as_f64)
-                .unwrap_or(0.0),
-            init_lora_weights: match self.json.get("init_lora_weights") {
-                None | Some(Value::Null) => Value::Bool(true),
-                Some(value) => value.clone(),
-            },
-            unknown: Map::new(),
-        };
-        let known = config.to_json();
-        let unknown = (self.json.iter())
-            // PEFT drops its run-time settings too.
-            .filter(|(key, _)| known.get(key.as_str()).is_none() && *key != "runtime_config")
-            .map(|(key, value)| (key.clone(), value.clone()))
-            .collect();
-        Some(AdapterConfig { unknown, ..config })
-    }
-
-    /// The value under `key`; `None` where it is missing, `null` or wrong.
-    fn get<T>(
-        &mut self,
-        key: &str,
-        expected: &str,
-        read: impl Fn(&'a Value) -> Option<T>,
-    ) -> Option<T> {
-        let value = self.json.get(key).filter(|value| !value.is_null())?;
-        let read = read(value);
-        if read.is_none() {
-            self.faults
-                .push(format!("{key}: expected {expected}, found {value}"));
-        }
-        read
-    }
-
-    fn string(&mut self, key: &str) -> Option<String> {
-        self.get(key, "text", Value::as_str).map(str::to_owned)
-    }
-
-    fn strings(&mut self, key: &str) -> Option<Vec<String>> {
-        self.get(key, "text or a list of texts", |value| match value {
-            Value::String(one) if one.is_empty() => Some(Vec::new()),
-            Value::String(one) => Some(vec![one.clone()]),
-            value => list(value, |item| item.as_str().map(str::to_owned)),
-        })
-    }
-
-    fn modules(&mut self, key: &str) -> Option<TargetModules> {
-        let is_text = self.json.get(key).is_some_and(Value::is_string);
-        let mut names = self.strings(key)?;
-        match names.pop() {
-            Some(pattern) if is_text => Some(TargetModules::Pattern(pattern)),
-            Some(last) => {
-                names.push(last);
-                Some(TargetModules::Names(names))
-            }
-            None => None,
-        }
-    }
-
-    fn layers(&mut self) -> Option<Vec<usize>> {
-        let expected = "a layer index or a list of them";
-        self.get("layers_to_transform", expected, |value| {
-            match index(value) {
-                Some(one) => Some(vec![one]),
-                None => list(value, index),
-            }
-        })
-    }
-
-    fn patterns<T>(
-        &mut self,
-        key: &str,
-        expected: &str,
-        read: impl Fn(&'a Value) -> Option<T>,
-    ) -> Vec<(String, T)> {
-        let map = self.get(key, "patterns with values", Value::as_object);
-        let mut patterns = Vec::new();
-        for (pattern, value) in map.into_iter().flatten() {
-            match read(value) {
-                Some(read) => patterns.push((pattern.clone(), read)),
-                None => {
-                    let fault = format!("{key}.{pattern}: expected {expected}, found {value}");
-                    self.faults.push(fault);
-                }
-            }
-        }
-        patterns
-    }
-}
-
-fn index(value: &Value) -> Option<usize> {
-    value.as_u64().and_then(|n| usize::try_from(n).ok())
-}
-
-fn positive(value: &Value) -> Option<usize> {
-    index(value).filter(|n| *n > 0)
-}
-
-fn list<T>(value: &Value, read: impl Fn(&Value) -> Option<T>) -> Option<Vec<T>> {
-    value.as_array()?.iter().map(read).collect()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -447,15 +335,15 @@ mod tests {
     #[test]
     fn all_unsupported_features_come_in_one_error() {
         let error = parse(
-            r#"{"peft_type": "LORA", "target_modules": ["q"], "use_dora": true, "bias": "all",
-                "modules_to_save": ["lm_head"], "init_lora_weights": "pissa_niter_4",
+            r#"{"peft_type": "LORA", "target_modules": ["q"], "lora_bias": true, "use_qalora": true,
+                "trainable_token_indices": [7], "init_lora_weights": "pissa_niter_4",
                 "target_parameters": []}"#,
         )
         .unwrap_err();
         for part in [
-            "use_dora: true",
-            "bias: \"all\"",
-            "[\"lm_head\"]",
+            "lora_bias: true",
+            "use_qalora: true",
+            "trainable_token_indices: [7]",
             "pissa_niter_4",
         ] {
             assert!(error.contains(part), "{error}");

@@ -4,10 +4,13 @@ use std::collections::BTreeMap;
 
 use burn::tensor::{Tensor, TensorData};
 
-use super::peft::LoraPair;
+use super::config::{AdapterConfig, TrainedBias};
+use super::peft::{AdapterWeights, LoraPair, Saved};
 use super::target::ModuleAdapter;
-use crate::model::CausalLm;
-use crate::nn::{LoraDelta, Parameter};
+use crate::device::to_vec;
+use crate::model::{CausalLm, names};
+use crate::nn::lora_linear::row_squares;
+use crate::nn::{LoraDelta, LoraLinear, Magnitude, Parameter};
 use crate::random::Stream;
 
 /// The first values of adapters.
@@ -17,12 +20,18 @@ pub enum Init<'a> {
         /// Seed of A.
         seed: u64,
     },
-    /// Values of an adapter that [`fit`](super::peft::fit) has checked against the base.
-    Loaded(&'a BTreeMap<String, LoraPair>),
+    /// Values of an adapter that [`fit_model`](super::peft::fit_model) has checked against the base.
+    Loaded(&'a AdapterWeights),
 }
 
-/// Gives each listed module a trainable delta; everything else stays frozen.
-pub fn inject(model: &mut CausalLm, adapters: &[ModuleAdapter], dropout: f64, init: &Init) {
+/// Gives each listed module a trainable delta, and makes train what the configuration says trains
+/// whole; everything else stays frozen.
+pub fn inject(
+    model: &mut CausalLm,
+    config: &AdapterConfig,
+    adapters: &[ModuleAdapter],
+    init: &Init,
+) {
     let device = model.device().clone();
     let by_module: BTreeMap<&str, (usize, &ModuleAdapter)> = adapters
         .iter()
@@ -33,19 +42,13 @@ pub fn inject(model: &mut CausalLm, adapters: &[ModuleAdapter], dropout: f64, in
         let Some(&(index, adapter)) = by_module.get(path.as_str()) else {
             continue;
         };
-        let [out, input] = linear.weight.dims();
-        let rank = adapter.rank;
-        let (a, b) = match init {
+        let pair = match init {
             Init::Fresh { seed } => {
                 let stream = Stream::new(*seed).split(0xA).split(index as u64);
-                let bound = 1.0 / (input as f64).sqrt();
-                let a = (0..(rank * input) as u64)
-                    .map(|i| ((2.0 * stream.uniform(i) - 1.0) * bound) as f32)
-                    .collect();
-                (a, vec![0f32; out * rank])
+                fresh(linear, adapter.rank, stream)
             }
-            Init::Loaded(pairs) => match pairs.get(&path) {
-                Some(pair) => (pair.a.clone(), pair.b.clone()),
+            Init::Loaded(loaded) => match loaded.pairs.get(&path) {
+                Some(pair) => pair.clone(),
                 None => continue,
             },
         };
@@ -54,14 +57,88 @@ pub fn inject(model: &mut CausalLm, adapters: &[ModuleAdapter], dropout: f64, in
                 .autodiff()
                 .require_grad()
         };
-        linear.lora = Some(LoraDelta {
-            lora_a: leaf(a, [rank, input]),
-            lora_b: leaf(b, [out, rank]),
+        let mut lora = LoraDelta {
+            lora_a: leaf(pair.a, pair.a_shape),
+            lora_b: leaf(pair.b, pair.b_shape),
             scaling: adapter.scaling,
-            dropout,
+            magnitude: None,
+            dropout: config.lora_dropout,
             module: index as u64,
-        });
+        };
+        if config.use_dora {
+            lora.magnitude = Some(magnitude(linear, &lora, pair.magnitude));
+        }
+        linear.lora = Some(lora);
     }
+    train_whole(model, config, &by_module, init);
+}
+
+/// The first values of a delta.
+fn fresh(linear: &LoraLinear, rank: usize, stream: Stream) -> LoraPair {
+    let [out, input] = linear.weight.dims();
+    let bound = 1.0 / (input as f64).sqrt();
+    let a = (0..(rank * input) as u64)
+        .map(|i| ((2.0 * stream.uniform(i) - 1.0) * bound) as f32)
+        .collect();
+    LoraPair {
+        a,
+        a_shape: [rank, input],
+        b: vec![0f32; out * rank],
+        b_shape: [out, rank],
+        magnitude: None,
+    }
+}
+
+/// The magnitudes of a layer: as loaded, else the lengths that the rows have, so that nothing
+/// changes at first.
+fn magnitude(linear: &LoraLinear, lora: &LoraDelta, loaded: Option<Vec<f32>>) -> Magnitude {
+    let squares = row_squares(&linear.weight);
+    let vector = match loaded {
+        Some(values) => {
+            let n = values.len();
+            Tensor::<1>::from_data(TensorData::new(values, [n]), &squares.device())
+        }
+        None => lora.row_norms(&linear.weight, &squares),
+    };
+    Magnitude {
+        vector: vector.autodiff().require_grad(),
+        squares,
+    }
+}
+
+/// Makes biases and whole modules train.
+fn train_whole(
+    model: &mut CausalLm,
+    config: &AdapterConfig,
+    adapted: &BTreeMap<&str, (usize, &ModuleAdapter)>,
+    init: &Init,
+) {
+    if config.saves(names::HEAD) || config.saves(names::EMBEDDING) {
+        model.untie();
+    }
+    model.visit(&mut |name, mut parameter| {
+        let Some((module, field)) = name.rsplit_once('.') else {
+            return;
+        };
+        let bias = field == "bias"
+            && match config.bias {
+                TrainedBias::None => false,
+                TrainedBias::All => true,
+                TrainedBias::LoraOnly => adapted.contains_key(module),
+            };
+        let whole = matches!(field, "weight" | "bias") && config.saves(module);
+        if !bias && !whole {
+            return;
+        }
+        if let Init::Loaded(AdapterWeights { saved, .. }) = init
+            && let Some(Saved { values, .. }) = saved.get(name)
+        {
+            let data = TensorData::new(values.clone(), [values.len()]);
+            let device = parameter.flat().device();
+            parameter.set_flat(Tensor::from_data(data, &device));
+        }
+        parameter.set_trainable(true);
+    });
 }
 
 /// Makes every weight train (`adapter.method: full`).
@@ -69,28 +146,37 @@ pub fn train_all(model: &mut CausalLm) {
     model.visit(&mut |_, mut parameter| parameter.set_trainable(true));
 }
 
-/// The adapters' current values by module path, in the model's order.
-pub fn extract(model: &mut CausalLm) -> Vec<(String, LoraPair)> {
+/// The adapter's current values.
+pub fn extract(model: &mut CausalLm) -> AdapterWeights {
     let values = |mut tensor: Tensor<2>| {
         let shape = tensor.dims();
-        let flat = Parameter::Matrix(&mut tensor).flat();
-        (crate::device::to_vec(flat), shape)
+        (to_vec(Parameter::Matrix(&mut tensor).flat()), shape)
     };
-    let mut pairs = Vec::new();
+    let mut adapter = AdapterWeights::default();
     for (path, linear) in model.linears() {
-        if let Some(lora) = &linear.lora {
+        if let Some(lora) = &mut linear.lora {
             let (a, a_shape) = values(lora.lora_a.clone());
             let (b, b_shape) = values(lora.lora_b.clone());
-            pairs.push((
-                path,
-                LoraPair {
-                    a,
-                    a_shape,
-                    b,
-                    b_shape,
-                },
-            ));
+            let magnitude =
+                (lora.magnitude.as_mut()).map(|m| to_vec(Parameter::Vector(&mut m.vector).flat()));
+            let pair = LoraPair {
+                a,
+                a_shape,
+                b,
+                b_shape,
+                magnitude,
+            };
+            adapter.pairs.insert(path, pair);
         }
     }
-    pairs
+    model.visit_trainable(&mut |name, parameter| {
+        if name.ends_with(".weight") || name.ends_with(".bias") {
+            let saved = Saved {
+                shape: parameter.shape(),
+                values: to_vec(parameter.flat()),
+            };
+            adapter.saved.insert(name.to_owned(), saved);
+        }
+    });
+    adapter
 }

@@ -17,6 +17,14 @@ pub struct DeltaSize {
 }
 
 impl DeltaSize {
+    /// The size of one element.
+    fn of(element: f32) -> Self {
+        Self {
+            max_abs: element.abs(),
+            sum_of_squares: f64::from(element).powi(2),
+        }
+    }
+
     /// The size of two deltas together.
     pub fn and(self, other: Self) -> Self {
         // `f32::max` would drop a NaN.
@@ -37,7 +45,8 @@ impl DeltaSize {
     }
 }
 
-/// `W += scaling · B·A`, in f32 and in parallel over rows; returns the size of what was added.
+/// `W += scaling · B·A`, in f32 and in parallel over rows; returns the size of what was added. With
+/// DoRA's magnitudes, each row of the sum is then given its length.
 ///
 /// The delta is computed in chunks of rows and never held whole.
 ///
@@ -57,9 +66,27 @@ pub fn merge_into(w: &mut [f32], pair: &LoraPair, scaling: f64) -> DeltaSize {
     }
     let rows = (CHUNK / inputs).clamp(1, out);
     (w.par_chunks_mut(rows * inputs)
-        .zip(pair.b.par_chunks(rows * rank)))
-    .map(|(w, b)| merge_rows(w, &pair.a, b, rank, inputs, scaling as f32))
+        .zip(pair.b.par_chunks(rows * rank))
+        .enumerate())
+    .map(|(i, (w, b))| {
+        let lengths = pair.magnitude.as_ref().map(|m| &m[i * rows..]);
+        merge_rows(w, &pair.a, b, (rank, inputs), scaling as f32, lengths)
+    })
     .reduce(DeltaSize::default, DeltaSize::and)
+}
+
+/// Puts `new` in place of a tensor's values; returns the size of the difference.
+///
+/// # Panics
+/// When the lengths differ, which [`fit_model`](super::peft::fit_model) rules out.
+pub fn replace(values: &mut [f32], new: Vec<f32>) -> DeltaSize {
+    assert_eq!(values.len(), new.len(), "values of the tensor's shape");
+    let differences = values.iter().zip(&new).map(|(old, new)| new - old);
+    let size = differences
+        .map(DeltaSize::of)
+        .fold(DeltaSize::default(), DeltaSize::and);
+    values.copy_from_slice(&new);
+    size
 }
 
 /// One chunk of rows.
@@ -67,19 +94,26 @@ fn merge_rows(
     w: &mut [f32],
     a: &[f32],
     b: &[f32],
-    rank: usize,
-    inputs: usize,
+    (rank, inputs): (usize, usize),
     scaling: f32,
+    lengths: Option<&[f32]>,
 ) -> DeltaSize {
     let mut delta = vec![0.0; w.len()];
     multiply(&mut delta, b, a, rank, inputs, scaling);
+    if let Some(lengths) = lengths {
+        let rows = w.chunks_exact(inputs).zip(delta.chunks_exact_mut(inputs));
+        for ((w, delta), length) in rows.zip(lengths) {
+            let squares = w.iter().zip(&*delta).map(|(w, d)| f64::from(w + d).powi(2));
+            let gain = length / squares.sum::<f64>().sqrt() as f32;
+            for (w, delta) in w.iter().zip(delta) {
+                *delta = gain * (w + *delta) - w;
+            }
+        }
+    }
     let mut size = DeltaSize::default();
     for (w, d) in w.iter_mut().zip(delta) {
         *w += d;
-        size = size.and(DeltaSize {
-            max_abs: d.abs(),
-            sum_of_squares: f64::from(d).powi(2),
-        });
+        size = size.and(DeltaSize::of(d));
     }
     size
 }
@@ -129,6 +163,7 @@ mod tests {
             a_shape,
             b: b.to_vec(),
             b_shape,
+            magnitude: None,
         }
     }
 

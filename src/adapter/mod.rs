@@ -4,6 +4,7 @@
 //! is `adapter_config.json`, [`peft`] reads an adapter directory, [`merge`] adds a delta to a weight.
 
 pub mod config;
+mod config_read;
 pub mod inject;
 pub mod merge;
 pub mod peft;

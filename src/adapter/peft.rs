@@ -4,9 +4,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::path::{Path, PathBuf};
 
-pub use super::config::{AdapterConfig, AdapterConfigError, CONFIG_FILE};
+pub use super::config::{AdapterConfig, AdapterConfigError, CONFIG_FILE, TrainedBias};
 use super::target::{Matcher, ModuleAdapter, TargetError};
-use crate::model::names::{self, LoraHalf};
+use crate::model::config::ModelConfig;
+use crate::model::names::{self, LoraHalf, PeftTensor};
 use crate::model::weights::{Weights, WeightsError};
 
 /// The weights' file name in an adapter directory.
@@ -92,9 +93,41 @@ pub struct LoraPair {
     pub b: Vec<f32>,
     /// `[out, R]`
     pub b_shape: [usize; 2],
+    /// DoRA's length of each row of the weight, `[out]`.
+    pub magnitude: Option<Vec<f32>>,
 }
 
-/// Reads an adapter: its configuration, and its factors by module path.
+/// Everything that an adapter's file holds, in f32.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct AdapterWeights {
+    /// Deltas by module path.
+    pub pairs: BTreeMap<String, LoraPair>,
+    /// Tensors of the base that trained whole, by name.
+    pub saved: BTreeMap<String, Saved>,
+}
+
+impl AdapterWeights {
+    /// How many numbers it holds.
+    pub fn parameters(&self) -> usize {
+        let pairs = self.pairs.values().map(|pair| {
+            let magnitudes = pair.magnitude.as_ref().map_or(0, Vec::len);
+            pair.a.len() + pair.b.len() + magnitudes
+        });
+        let saved = self.saved.values().map(|saved| saved.values.len());
+        pairs.chain(saved).sum()
+    }
+}
+
+/// A tensor of the base that trained whole.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Saved {
+    /// The values, row-major.
+    pub values: Vec<f32>,
+    /// The shape.
+    pub shape: Vec<usize>,
+}
+
+/// Reads an adapter: its configuration, and its tensors.
 ///
 /// # Dtypes
 /// F32, F16 and BF16 files; the factors are f32.
@@ -102,7 +135,7 @@ pub struct LoraPair {
 /// # Errors
 /// [`PeftError`]; tensors that are missing, unknown, of other shapes than the configuration
 /// says, or on modules that it does not choose are all listed in one error.
-pub fn read_adapter(dir: &Path) -> Result<(AdapterConfig, BTreeMap<String, LoraPair>), PeftError> {
+pub fn read_adapter(dir: &Path) -> Result<(AdapterConfig, AdapterWeights), PeftError> {
     let config = AdapterConfig::load(dir)?;
     let matcher = matcher(&config, dir)?;
     let path = dir.join(WEIGHTS_FILE);
@@ -117,11 +150,11 @@ pub fn read_adapter(dir: &Path) -> Result<(AdapterConfig, BTreeMap<String, LoraP
     }
     let weights = Weights::open(&path)?;
     let mut faults = Vec::new();
-    let modules = modules_of(&weights, &mut faults);
-    for module in &modules {
-        check_module(&weights, &matcher, module, &mut faults);
+    let found = Found::new(&weights, &config, &mut faults);
+    for module in &found.modules {
+        check_module(&weights, &matcher, &config, module, &mut faults);
     }
-    if modules.is_empty() && faults.is_empty() {
+    if found.modules.is_empty() && faults.is_empty() {
         faults.push("no tensors".to_owned());
     }
     if !faults.is_empty() {
@@ -131,11 +164,19 @@ pub fn read_adapter(dir: &Path) -> Result<(AdapterConfig, BTreeMap<String, LoraP
             faults,
         });
     }
-    let mut pairs = BTreeMap::new();
-    for module in modules {
-        pairs.insert(module.clone(), read_pair(&weights, &module)?);
+    let mut read = AdapterWeights::default();
+    for module in found.modules {
+        let pair = read_pair(&weights, &module, config.use_dora)?;
+        read.pairs.insert(module, pair);
     }
-    Ok((config, pairs))
+    for (name, key) in found.saved {
+        let saved = Saved {
+            values: weights.read_f32(&key)?,
+            shape: weights.shape(&key).unwrap_or_default().to_vec(),
+        };
+        read.saved.insert(name, saved);
+    }
+    Ok((config, read))
 }
 
 /// The compiled choice of modules; its ranks and scalings.
@@ -149,21 +190,54 @@ pub fn matcher(config: &AdapterConfig, dir: &Path) -> Result<Matcher, PeftError>
     })
 }
 
-/// The modules that tensors belong to; tensors that are no half of a pair are faults.
-fn modules_of(weights: &Weights, faults: &mut Vec<String>) -> BTreeSet<String> {
-    let mut modules = BTreeSet::new();
-    for name in weights.names() {
-        match names::parse_peft_key(name) {
-            Some((module, _)) => {
-                modules.insert(module.to_owned());
-            }
-            None => faults.push(format!("{name}: not a lora_A or lora_B of a linear layer")),
-        }
-    }
-    modules
+/// What a file holds.
+struct Found {
+    /// Modules with a delta.
+    modules: BTreeSet<String>,
+    /// Tensors of the base that trained: their names, and their keys in the file.
+    saved: BTreeMap<String, String>,
 }
 
-fn check_module(weights: &Weights, matcher: &Matcher, module: &str, faults: &mut Vec<String>) {
+impl Found {
+    /// Sorts a file's tensors; those that the configuration does not account for are faults.
+    fn new(weights: &Weights, config: &AdapterConfig, faults: &mut Vec<String>) -> Self {
+        let mut found = Self {
+            modules: BTreeSet::new(),
+            saved: BTreeMap::new(),
+        };
+        for key in weights.names() {
+            match names::parse_peft_tensor(key) {
+                Some(PeftTensor::Half(module, _)) => {
+                    found.modules.insert(module);
+                }
+                Some(PeftTensor::Magnitude(_)) if config.use_dora => {}
+                Some(PeftTensor::Saved(name)) if trains(config, &name) => {
+                    found.saved.insert(name, key.to_owned());
+                }
+                Some(PeftTensor::Frozen) => {}
+                _ => faults.push(format!(
+                    "{key}: not a lora_A or lora_B of a linear layer, nor anything else that \
+                     {CONFIG_FILE} speaks of"
+                )),
+            }
+        }
+        found
+    }
+}
+
+/// Whether a tensor of the base trains beside the deltas.
+fn trains(config: &AdapterConfig, name: &str) -> bool {
+    let (module, field) = name.rsplit_once('.').unwrap_or((name, ""));
+    config.saves(module) || (config.bias != TrainedBias::None && field == "bias")
+}
+
+fn check_module(
+    weights: &Weights,
+    matcher: &Matcher,
+    config: &AdapterConfig,
+    module: &str,
+    faults: &mut Vec<String>,
+) {
     if !matcher.selects(module) {
         faults.push(format!(
             "{module}: has tensors, but the configuration does not choose it"
@@ -186,9 +260,18 @@ fn check_module(weights: &Weights, matcher: &Matcher, module: &str, faults: &mut
             Some(shape) => faults.push(format!("{key}: expected {expected}, found {shape:?}")),
         }
     }
+    let key = names::magnitude_key(module);
+    let rows = weights.shape(&names::peft_key(module, LoraHalf::B));
+    match (weights.shape(&key), rows) {
+        (None, _) if config.use_dora => faults.push(format!("{key}: missing, expected [out]")),
+        (Some(found), Some([out, _])) if found != [*out] => {
+            faults.push(format!("{key}: expected [{out}], found {found:?}"));
+        }
+        _ => {}
+    }
 }
 
-fn read_pair(weights: &Weights, module: &str) -> Result<LoraPair, PeftError> {
+fn read_pair(weights: &Weights, module: &str, dora: bool) -> Result<LoraPair, PeftError> {
     let read = |half| -> Result<(Vec<f32>, [usize; 2]), PeftError> {
         let key = names::peft_key(module, half);
         let values = weights.read_f32(&key)?;
@@ -206,7 +289,49 @@ fn read_pair(weights: &Weights, module: &str) -> Result<LoraPair, PeftError> {
         a_shape,
         b,
         b_shape,
+        magnitude: match dora {
+            true => Some(weights.read_f32(&names::magnitude_key(module))?),
+            false => None,
+        },
     })
+}
+
+/// [`fit`] to the linear layers of a model, and the tensors that trained whole to its tensors.
+///
+/// # Errors
+/// As [`fit`]; tensors that the base lacks or has in another shape.
+pub fn fit_model(
+    dir: &Path,
+    config: &AdapterConfig,
+    adapter: &AdapterWeights,
+    model: &ModelConfig,
+) -> Result<Vec<ModuleAdapter>, PeftError> {
+    let modules = fit(dir, config, &adapter.pairs, &names::linear_shapes(model))?;
+    let head = (
+        format!("{}.weight", names::HEAD),
+        vec![model.vocab_size, model.hidden_size],
+    );
+    let tensors: BTreeMap<String, Vec<usize>> =
+        names::tensors(model).into_iter().chain([head]).collect();
+    let mut faults = Vec::new();
+    for (name, saved) in &adapter.saved {
+        match tensors.get(name) {
+            Some(shape) if *shape == saved.shape => {}
+            Some(shape) => faults.push(format!(
+                "{name}: expected {shape:?}, found {:?}",
+                saved.shape
+            )),
+            None => faults.push(format!("{name}: the base model has no such tensor")),
+        }
+    }
+    match faults.is_empty() {
+        true => Ok(modules),
+        false => Err(PeftError::Tensors {
+            path: dir.join(WEIGHTS_FILE),
+            against: "the base model",
+            faults,
+        }),
+    }
 }
 
 /// Checks an adapter against the base model's linear layers, given as path and `[out, in]`, and
@@ -237,7 +362,7 @@ pub fn fit(
                 }
                 adapters.push(matcher.adapter(module));
             }
-            None if matcher.selects(module) => {
+            None if matcher.selects(module) && !config.saves(module) => {
                 faults.push(format!(
                     "{module}: chosen by the configuration, but has no tensors"
                 ));

@@ -52,11 +52,28 @@ pub struct Targeting {
     pub use_rslora: bool,
 }
 
+impl Targeting {
+    /// Every linear layer but the output head, all with one rank and alpha.
+    pub fn all_linear(rank: usize, alpha: f64) -> Self {
+        Self {
+            target_modules: TargetModules::Pattern(ALL_LINEAR.to_owned()),
+            exclude_modules: None,
+            layers_to_transform: None,
+            layers_pattern: Vec::new(),
+            rank,
+            alpha,
+            rank_pattern: Vec::new(),
+            alpha_pattern: Vec::new(),
+            use_rslora: false,
+        }
+    }
+}
+
 impl From<&AdapterPlan> for Targeting {
     fn from(plan: &AdapterPlan) -> Self {
         Self {
             target_modules: plan.target_modules.clone(),
-            exclude_modules: None,
+            exclude_modules: plan.exclude_modules.clone(),
             layers_to_transform: plan.layers_to_transform.clone(),
             layers_pattern: Vec::new(),
             rank: plan.rank,

@@ -15,9 +15,9 @@ use crate::data::tokenize::ChatTokenizer;
 use crate::device;
 use crate::hub;
 use crate::infer::{self, Sampling};
+use crate::model::CausalLm;
 use crate::model::config::ModelConfig;
 use crate::model::weights::Weights;
-use crate::model::{CausalLm, names};
 
 /// Generates and streams the answer.
 ///
@@ -39,17 +39,17 @@ pub fn run(args: &GenerateArgs, output: &Output) -> anyhow::Result<Exit> {
     check_prompt(&prompt, &config)?;
     let adapter = match &args.adapter {
         Some(dir) => {
-            let (adapter, pairs) = peft::read_adapter(dir)?;
-            let modules = peft::fit(dir, &adapter, &pairs, &names::linear_shapes(&config))?;
-            Some((modules, pairs))
+            let (adapter, weights) = peft::read_adapter(dir)?;
+            let modules = peft::fit_model(dir, &adapter, &weights, &config)?;
+            Some((adapter, modules, weights))
         }
         None => None,
     };
     warn(&tokenizer, args, &mut renderer);
     let mut model =
         CausalLm::load(&weights, config, &device.device).context("cannot load the base model")?;
-    if let Some((modules, pairs)) = &adapter {
-        inject::inject(&mut model, modules, 0.0, &Init::Loaded(pairs));
+    if let Some((config, modules, weights)) = &adapter {
+        inject::inject(&mut model, config, modules, &Init::Loaded(weights));
     }
     interrupt::listen(output, "stopping")?;
     stream(&model.frozen(), &tokenizer, &prompt, args, output)

@@ -15,8 +15,11 @@ use super::model::{SaveDtype, Written, with_dtype, write_json, write_weights};
 use super::safetensors::TensorInfo;
 use super::sidecar::{copy_notices, copy_tokenizer, directory, has_tokenizer, read_config};
 use super::write::{PartialDir, WriteError, is_taken};
-use crate::adapter::merge::{DeltaSize, merge_into};
-use crate::adapter::peft::{AdapterConfig, LoraPair, PeftError, fit, read_adapter};
+use crate::adapter::merge::{DeltaSize, merge_into, replace};
+use crate::adapter::peft::{
+    AdapterConfig, AdapterWeights, LoraPair, PeftError, Saved, fit_model, read_adapter,
+};
+use crate::adapter::target::ModuleAdapter;
 use crate::data::tokenize::ChatTokenizer;
 use crate::model::config::{ConfigError, ModelConfig};
 use crate::model::names;
@@ -197,10 +200,10 @@ pub fn prepare(
     let weights = Weights::open(job.base)?;
     let config = weights.config()?;
     check(&weights, &config)?;
-    let (adapter, pairs) = read_adapter(job.adapter)?;
-    let mut merger = Merger::new(job, &weights, &config, &adapter, pairs)?;
+    let (adapter, trained) = read_adapter(job.adapter)?;
+    let mut merger = Merger::new(job, &weights, &config, &adapter, trained)?;
     let dir = PartialDir::create(job.out)?;
-    let tokenizer_from = write_sidecars(job, &weights, &config, dir.path())?;
+    let tokenizer_from = write_sidecars(job, &weights, &config, merger.untied, dir.path())?;
     let tensors = merger.tensors()?;
     let total = tensors.iter().filter_map(TensorInfo::bytes).sum::<usize>() as u64;
     let mut done = 0;
@@ -259,11 +262,12 @@ fn write_sidecars(
     job: &MergeJob,
     weights: &Weights,
     config: &ModelConfig,
+    untied: bool,
     to: &Path,
 ) -> Result<Option<PathBuf>, MergeError> {
     let from_gguf = weights.gguf().is_some();
     let base_dir = directory(job.base);
-    let config_json = if from_gguf {
+    let mut config_json = if from_gguf {
         config.to_hf_json(job.dtype.unwrap_or(SaveDtype::Bf16).torch_name(), job.base)?
     } else {
         copy_notices(base_dir, to)?;
@@ -272,6 +276,9 @@ fn write_sidecars(
             None => read_config(base_dir)?,
         }
     };
+    if untied {
+        config_json["tie_word_embeddings"] = Value::Bool(false);
+    }
     write_json(&to.join("config.json"), &config_json)?;
     // An adapter's own tokenizer carries the chat template that it was trained with.
     if has_tokenizer(job.adapter) {
@@ -291,12 +298,33 @@ fn write_sidecars(
     }
 }
 
+/// What an adapter does to a tensor of the base.
+#[derive(Debug)]
+enum Change {
+    /// Adds to the weight of this module, with this scaling.
+    Delta(String, LoraPair, f64),
+    /// Puts another in place of the tensor of this name.
+    Whole(String, Saved),
+}
+
+/// The output head and the embedding.
+const HEAD: &str = "lm_head.weight";
+const EMBEDDING: &str = "model.embed_tokens.weight";
+
+/// Whether an adapter trains the embedding or the output head of a model in which they are one
+/// matrix, so that they are two from then on.
+fn unties(adapter: &AdapterConfig, config: &ModelConfig) -> bool {
+    config.tie_word_embeddings && (adapter.saves(names::HEAD) || adapter.saves(names::EMBEDDING))
+}
+
 /// Reads the base's tensors and adds the deltas.
 struct Merger<'a> {
     job: &'a MergeJob<'a>,
     weights: &'a Weights,
-    /// By tensor name: module path, factors, scaling.
-    deltas: BTreeMap<String, (String, LoraPair, f64)>,
+    /// By name in the base's files.
+    changes: BTreeMap<String, Change>,
+    /// Whether the output head, which is the embedding in the base, is written as its own.
+    untied: bool,
     modules: Vec<MergedModule>,
     unchanged: Vec<String>,
     total: DeltaSize,
@@ -308,17 +336,17 @@ impl<'a> Merger<'a> {
         weights: &'a Weights,
         config: &ModelConfig,
         adapter: &AdapterConfig,
-        mut pairs: BTreeMap<String, LoraPair>,
+        mut trained: AdapterWeights,
     ) -> Result<Self, MergeError> {
-        let linears = names::linear_shapes(config);
-        let fitted = fit(job.adapter, adapter, &pairs, &linears)?;
-        let adds =
-            |pair: &LoraPair| pair.a.iter().any(|x| *x != 0.0) && pair.b.iter().any(|x| *x != 0.0);
+        let fitted = fit_model(job.adapter, adapter, &trained, config)?;
+        let adds = |pair: &LoraPair| {
+            let delta = pair.a.iter().any(|x| *x != 0.0) && pair.b.iter().any(|x| *x != 0.0);
+            delta || pair.magnitude.is_some()
+        };
         // Before anything is written, for this is the common case: an adapter never trained.
-        if !fitted
-            .iter()
-            .any(|m| m.scaling != 0.0 && pairs.get(&m.module).is_some_and(adds))
-        {
+        let deltas =
+            |m: &ModuleAdapter| m.scaling != 0.0 && trained.pairs.get(&m.module).is_some_and(adds);
+        if !fitted.iter().any(deltas) && trained.saved.is_empty() {
             let cause =
                 "all its deltas are zero (B is zero until the first training step); train it first";
             return Err(MergeError::EqualsBase {
@@ -326,34 +354,46 @@ impl<'a> Merger<'a> {
                 cause,
             });
         }
-        let deltas = (fitted.into_iter())
-            .filter_map(|m| {
-                let pair = pairs.remove(&m.module)?;
-                let name = names::in_files(config.family, &format!("{}.weight", m.module));
-                Some((name, (m.module, pair, m.scaling)))
-            })
-            .collect();
+        let file_name = |name: &str| names::in_files(config.family, name);
+        let mut changes = BTreeMap::new();
+        for ModuleAdapter {
+            module, scaling, ..
+        } in fitted
+        {
+            if let Some(pair) = trained.pairs.remove(&module) {
+                let name = file_name(&format!("{module}.weight"));
+                changes.insert(name, Change::Delta(module, pair, scaling));
+            }
+        }
+        for (name, saved) in trained.saved {
+            changes.insert(file_name(&name), Change::Whole(name, saved));
+        }
         let (modules, unchanged) = (Vec::new(), Vec::new());
         Ok(Self {
             job,
             weights,
-            deltas,
+            untied: unties(adapter, config),
+            changes,
             modules,
             unchanged,
             total: DeltaSize::default(),
         })
     }
 
-    /// The tensors to write, in the base's order.
+    /// The tensors to write, in the base's order; a head that was the embedding comes last.
     fn tensors(&self) -> Result<Vec<TensorInfo>, MergeError> {
-        (self.weights.names())
-            .map(|name| {
-                Ok(TensorInfo {
-                    name: name.to_owned(),
-                    dtype: self.target(name)?,
-                    shape: self.weights.shape(name).unwrap_or_default().to_vec(),
-                })
+        let info = |name: &str, like: &str| {
+            Ok(TensorInfo {
+                name: name.to_owned(),
+                dtype: self.target(like)?,
+                shape: self.weights.shape(like).unwrap_or_default().to_vec(),
             })
+        };
+        let head = self.untied.then(|| info(HEAD, EMBEDDING));
+        (self.weights.names())
+            .filter(|name| !self.untied || *name != HEAD)
+            .map(|name| info(name, name))
+            .chain(head)
             .collect()
     }
 
@@ -374,22 +414,32 @@ impl<'a> Merger<'a> {
 
     /// A tensor's bytes as they are to be written.
     fn read(&mut self, info: &TensorInfo) -> Result<Cow<'a, [u8]>, MergeError> {
-        let name = &info.name;
+        let name = match self.untied && info.name == HEAD {
+            true => EMBEDDING,
+            false => info.name.as_str(),
+        };
         let same = self.weights.dtype(name).and_then(stored) == Some(info.dtype);
         let raw = self.weights.raw(name)?.filter(|_| same);
-        let delta = self.deltas.remove(name);
-        if let (Some(raw), None) = (raw, &delta) {
+        let change = self.changes.remove(&info.name);
+        if let (Some(raw), None) = (raw, &change) {
             return Ok(Cow::Borrowed(raw));
         }
         let dtype = SaveDtype::from_stored(info.dtype).ok_or_else(|| MergeError::Dtype {
-            name: name.clone(),
+            name: name.to_owned(),
             dtype: self.weights.dtype(name).unwrap_or(Dtype::F32),
         })?;
         let mut values = self.weights.read_f32(name)?;
-        let Some((module, pair, scaling)) = delta else {
-            return Ok(Cow::Owned(dtype.encode(&values).into_owned()));
+        let (module, scaling, size) = match change {
+            None => return Ok(Cow::Owned(dtype.encode(&values).into_owned())),
+            Some(Change::Delta(module, pair, scaling)) => {
+                let size = merge_into(&mut values, &pair, scaling);
+                (module, scaling, size)
+            }
+            Some(Change::Whole(name, saved)) => {
+                let size = replace(&mut values, saved.values);
+                (name, 1.0, size)
+            }
         };
-        let size = merge_into(&mut values, &pair, scaling);
         if !size.is_finite() {
             return Err(MergeError::NotFinite {
                 adapter: self.job.adapter.into(),

@@ -1,6 +1,5 @@
 //! An adapter directory as PEFT saves it, with tokenizer files and a model card.
 
-use std::collections::BTreeMap;
 use std::error::Error;
 use std::fmt::Write as _;
 use std::path::Path;
@@ -9,8 +8,8 @@ use safetensors::Dtype;
 
 use super::safetensors::{TensorInfo, f32_bytes, write_safetensors};
 use super::write::{PartialDir, WriteError, atomic_bytes, is_taken};
-use crate::adapter::peft::{AdapterConfig, CONFIG_FILE, LoraPair, WEIGHTS_FILE};
-use crate::model::names::{LoraHalf, peft_key};
+use crate::adapter::peft::{AdapterConfig, AdapterWeights, CONFIG_FILE, WEIGHTS_FILE};
+use crate::model::names::{LoraHalf, magnitude_key, peft_key, saved_key};
 
 /// Why an adapter could not be written.
 #[derive(Debug, thiserror::Error)]
@@ -43,7 +42,7 @@ pub struct ModelCard {
 pub fn write_adapter(
     dir: &Path,
     config: &AdapterConfig,
-    pairs: &BTreeMap<String, LoraPair>,
+    adapter: &AdapterWeights,
     save_tokenizer: impl FnOnce(&Path) -> Result<(), Box<dyn Error + Send + Sync>>,
     card: &ModelCard,
 ) -> Result<(), WriteAdapterError> {
@@ -55,8 +54,8 @@ pub fn write_adapter(
     }
     let partial = PartialDir::create(dir)?;
     save_tokenizer(partial.path()).map_err(WriteAdapterError::Tokenizer)?;
-    write_adapter_files(partial.path(), config, pairs)?;
-    let card = card_text(config, pairs, card);
+    write_adapter_files(partial.path(), config, adapter)?;
+    let card = card_text(config, adapter, card);
     atomic_bytes(&partial.path().join("README.md"), card.as_bytes())?;
     partial.publish_replacing()?;
     Ok(())
@@ -70,21 +69,30 @@ pub fn write_adapter(
 pub fn write_adapter_files(
     dir: &Path,
     config: &AdapterConfig,
-    pairs: &BTreeMap<String, LoraPair>,
+    adapter: &AdapterWeights,
 ) -> Result<(), WriteError> {
-    let values: Vec<_> = (pairs.iter())
-        .flat_map(|(module, pair)| {
-            let info = |half, shape: [usize; 2]| TensorInfo {
-                name: peft_key(module, half),
-                dtype: Dtype::F32,
-                shape: shape.to_vec(),
-            };
-            [
-                (info(LoraHalf::A, pair.a_shape), f32_bytes(&pair.a)),
-                (info(LoraHalf::B, pair.b_shape), f32_bytes(&pair.b)),
-            ]
-        })
-        .collect();
+    let mut values = Vec::new();
+    let mut add = |name: String, shape: &[usize], data| {
+        let info = TensorInfo {
+            name,
+            dtype: Dtype::F32,
+            shape: shape.to_vec(),
+        };
+        values.push((info, f32_bytes(data)));
+    };
+    for (module, pair) in &adapter.pairs {
+        add(peft_key(module, LoraHalf::A), &pair.a_shape, &pair.a);
+        add(peft_key(module, LoraHalf::B), &pair.b_shape, &pair.b);
+        if let Some(magnitude) = &pair.magnitude {
+            add(magnitude_key(module), &[magnitude.len()], magnitude);
+        }
+    }
+    for (name, saved) in &adapter.saved {
+        let module = name.rsplit_once('.').map_or("", |(module, _)| module);
+        let wrapped = adapter.pairs.contains_key(module);
+        add(saved_key(name, wrapped), &saved.shape, &saved.values);
+    }
+    values.sort_by(|(a, _), (b, _)| a.name.cmp(&b.name));
     let tensors: Vec<_> = values
         .iter()
         .map(|(info, bytes)| (info.clone(), bytes.as_ref()))
@@ -94,16 +102,12 @@ pub fn write_adapter_files(
 }
 
 /// The model card, Markdown behind YAML front matter.
-fn card_text(
-    config: &AdapterConfig,
-    pairs: &BTreeMap<String, LoraPair>,
-    card: &ModelCard,
-) -> String {
+fn card_text(config: &AdapterConfig, adapter: &AdapterWeights, card: &ModelCard) -> String {
     let base = config
         .base_model_name_or_path
         .as_deref()
         .unwrap_or("the base model");
-    let parameters: usize = pairs.values().map(|pair| pair.a.len() + pair.b.len()).sum();
+    let parameters = adapter.parameters();
     let t = &config.targeting;
     let mut text = front_matter(base);
     let _ = write!(
@@ -114,7 +118,7 @@ fn card_text(
         version = env!("CARGO_PKG_VERSION"),
         rank = t.rank,
         alpha = t.alpha,
-        modules = pairs.len(),
+        modules = adapter.pairs.len(),
     );
     if !card.metrics.is_empty() {
         text.push_str("## Results\n\n| metric | value |\n| --- | --- |\n");

@@ -9,7 +9,7 @@ use crate::adapter::peft::{self, PeftError};
 use crate::device::to_vec;
 use crate::model::config::ConfigError;
 use crate::model::weights::{Dtype, Weights, WeightsError};
-use crate::model::{CausalLm, Tokens, names};
+use crate::model::{CausalLm, Tokens};
 use crate::random::Stream;
 
 /// How near a merged model is to base + adapter, and how far the base alone is.
@@ -79,10 +79,9 @@ pub fn verify(
         let mut model = load(base, device)?;
         let probe = probe(&model);
         let plain = logits(&model, &probe);
-        let (config, pairs) = peft::read_adapter(adapter)?;
-        let shapes = names::linear_shapes(model.config());
-        let modules = peft::fit(adapter, &config, &pairs, &shapes)?;
-        inject::inject(&mut model, &modules, 0.0, &Init::Loaded(&pairs));
+        let (config, weights) = peft::read_adapter(adapter)?;
+        let modules = peft::fit_model(adapter, &config, &weights, model.config())?;
+        inject::inject(&mut model, &config, &modules, &Init::Loaded(&weights));
         (logits(&model.frozen(), &probe), plain)
     };
     let weights = Weights::open(merged)?;

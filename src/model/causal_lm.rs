@@ -250,6 +250,13 @@ impl CausalLm {
         }
     }
 
+    /// Gives a model whose output head is the embedding a head of its own, with the same values.
+    pub fn untie(&mut self) {
+        if self.lm_head.is_none() {
+            self.lm_head = Some(self.embed_tokens.clone());
+        }
+    }
+
     /// The linear layers that can carry adapters, with their module paths.
     pub fn linears(&mut self) -> Vec<(String, &mut LoraLinear)> {
         let blocks = self.blocks.iter_mut().enumerate();

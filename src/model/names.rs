@@ -112,6 +112,54 @@ pub fn parse_peft_key(key: &str) -> Option<(&str, LoraHalf)> {
         .filter(|(module, _)| !module.is_empty())
 }
 
+/// What a tensor of an adapter is to the base.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum PeftTensor {
+    /// Half of a module's delta.
+    Half(String, LoraHalf),
+    /// The lengths that DoRA gives the rows of a module's weight.
+    Magnitude(String),
+    /// A tensor of the base, by its name, that trained whole.
+    Saved(String),
+    /// A tensor of the base that PEFT writes beside an adapter of it.
+    Frozen,
+}
+
+/// What PEFT puts after a module's path for DoRA.
+const MAGNITUDE: &str = ".lora_magnitude_vector";
+/// What PEFT puts between the path of a module that carries a delta and its own tensors.
+const BASE_LAYER: &str = ".base_layer";
+
+/// The key under which PEFT stores a module's magnitudes.
+pub fn magnitude_key(module: &str) -> String {
+    format!("{PEFT_PREFIX}{module}{MAGNITUDE}")
+}
+
+/// The key under which PEFT stores a tensor of the base; `wrapped` where its module carries a delta.
+pub fn saved_key(name: &str, wrapped: bool) -> String {
+    match (wrapped, name.rsplit_once('.')) {
+        (true, Some((module, field))) => format!("{PEFT_PREFIX}{module}{BASE_LAYER}.{field}"),
+        _ => format!("{PEFT_PREFIX}{name}"),
+    }
+}
+
+/// What a key of an adapter's file names, `None` for one that PEFT does not write.
+pub fn parse_peft_tensor(key: &str) -> Option<PeftTensor> {
+    if let Some((module, half)) = parse_peft_key(key) {
+        return Some(PeftTensor::Half(module.to_string(), half));
+    }
+    let rest = key.strip_prefix(PEFT_PREFIX)?;
+    if let Some(module) = rest.strip_suffix(MAGNITUDE) {
+        return Some(PeftTensor::Magnitude(module.to_string()));
+    }
+    let (module, field) = split_field(rest)?;
+    match (module.strip_suffix(BASE_LAYER), field) {
+        (Some(_), "weight") => Some(PeftTensor::Frozen),
+        (Some(module), _) => Some(PeftTensor::Saved(format!("{module}.{field}"))),
+        (None, _) => Some(PeftTensor::Saved(rest.to_string())),
+    }
+}
+
 /// The path of block `layer`.
 pub fn block(layer: usize) -> String {
     format!("{BLOCK}{layer}")
@@ -138,6 +186,11 @@ pub struct Linear {
 /// Every linear layer but the output head, in the model's order.
 pub fn linears(config: &ModelConfig) -> Vec<Linear> {
     super::causal_lm::outline(config).linears
+}
+
+/// Every tensor of a model with its shape, in its order; a tied output head is not listed.
+pub fn tensors(config: &ModelConfig) -> Vec<(String, Vec<usize>)> {
+    super::causal_lm::outline(config).tensors
 }
 
 /// The module path of every linear layer but the output head, in the model's order.

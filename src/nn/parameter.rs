@@ -93,7 +93,7 @@ fn take_gradient<const D: usize>(x: &Tensor<D>, gradients: &mut Gradients) -> Op
     x.grad_remove(gradients).map(one_dimension)
 }
 
-fn untracked<const D: usize>(x: Tensor<D>) -> Tensor<D> {
+pub(super) fn untracked<const D: usize>(x: Tensor<D>) -> Tensor<D> {
     if x.is_autodiff() { x.inner() } else { x }
 }
 

@@ -26,7 +26,11 @@ const FROM_PEFT: &[&str] = &[
     "adapter.layers_to_transform",
     "adapter.rank_pattern",
     "adapter.alpha_pattern",
+    "adapter.exclude_modules",
     "adapter.use_rslora",
+    "adapter.use_dora",
+    "adapter.bias",
+    "adapter.modules_to_save",
 ];
 
 /// Knobs of `values` (dotted key → value, null where not given) that other knobs put out of force.

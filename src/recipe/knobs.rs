@@ -2,6 +2,7 @@
 //!
 //! A test holds this table against the fields of [`Plan`](super::Plan).
 
+use super::knob_words::{CLAUSE, FORMAT};
 use super::schema::Edge::{With, Without};
 use super::schema::Initial::{Required, RunsRecipeName};
 use super::schema::{Edge, Kind, Knob};
@@ -14,51 +15,6 @@ const BELOW_ONE: Edge = Without(1.0);
 const ONE: Edge = With(1.0);
 const RANK: Kind = Kind::Integer(1, 65_536);
 const ALPHA: Kind = Kind::Real(POSITIVE, With(1e6));
-
-/// Formats of rows; a source may name its own.
-pub(super) const FORMAT: Kind = Kind::Choice(&[
-    ("auto", "told from the keys of the first row"),
-    (
-        "messages",
-        "`{\"messages\": [{\"role\", \"content\"}, …]}`, as OpenAI has it",
-    ),
-    (
-        "sharegpt",
-        "`{\"conversations\": [{\"from\", \"value\"}, …]}`",
-    ),
-    (
-        "alpaca",
-        "`{\"instruction\", \"input\", \"output\"}`, `input` may be missing",
-    ),
-    (
-        "prompt_completion",
-        "`{\"prompt\", \"completion\"}`, the completion trains",
-    ),
-    ("text", "`{\"text\"}`, every token trains"),
-    ("tokens", "`{\"input_ids\", \"labels\"}`, tokenised already"),
-    (
-        "preference",
-        "`{\"prompt\", \"chosen\", \"rejected\"}`, for preference objectives, which are not there yet",
-    ),
-]);
-
-/// The clauses of the mask contract.
-const CLAUSE: Kind = Kind::Choice(&[
-    (
-        "end_of_turn",
-        "each trained turn ends with a labelled token on which generation stops",
-    ),
-    ("bos", "a row has one BOS token, where the model has one"),
-    ("pad", "the padding token carries no label"),
-    (
-        "labels",
-        "each row has something to train; waived, rows without are left out",
-    ),
-    (
-        "stop_token",
-        "the token that ends turns is what `generation_config.json` and the tokenizer say",
-    ),
-]);
 
 /// All knobs, in the order of a recipe.
 pub static KNOBS: &[Knob] = &[
@@ -277,6 +233,13 @@ pub static KNOBS: &[Knob] = &[
     )
     .elsewhere(&["lora_target_modules", "modules", "keys"]),
     Knob::new(
+        "adapter.exclude_modules",
+        Kind::Targets,
+        "null",
+        "Linear layers that carry no adapter although `target_modules` chooses them: names or a regular expression.",
+    )
+    .elsewhere(&["lora_exclude_modules"]),
+    Knob::new(
         "adapter.layers_to_transform",
         Kind::List(&Kind::Integer(0, 65_535), 1),
         "null",
@@ -302,6 +265,31 @@ pub static KNOBS: &[Knob] = &[
         "Scale by `alpha / sqrt(rank)`, which suits high ranks (arXiv 2312.03732).",
     )
     .elsewhere(&["rslora"]),
+    Knob::new(
+        "adapter.use_dora",
+        Kind::Boolean,
+        "false",
+        "Give each row of an adapted weight a length of its own that trains (DoRA, arXiv 2402.09353): often better at low ranks, slower.",
+    )
+    .elsewhere(&["dora", "peft_use_dora"]),
+    Knob::new(
+        "adapter.bias",
+        Kind::Choice(&[
+            ("none", "no biases"),
+            ("lora_only", "those of the layers that carry an adapter"),
+            ("all", "all that the model has"),
+        ]),
+        "none",
+        "Which biases of the base train beside the adapters. They are saved with the adapter and stay on when it is switched off.",
+    )
+    .elsewhere(&["lora_bias", "train_bias"]),
+    Knob::new(
+        "adapter.modules_to_save",
+        Kind::List(&Kind::Text, 1),
+        "null",
+        "Modules that train whole and are saved whole with the adapter, by the ends of their paths: `[lm_head, embed_tokens]`.",
+    )
+    .elsewhere(&["lora_modules_to_save", "additional_target"]),
     Knob::new(
         "adapter.init_from",
         Kind::Directory,
@@ -337,6 +325,13 @@ pub static KNOBS: &[Knob] = &[
         "Peak learning rate. The default suits LoRA; `adapter.method: full` usually wants about a tenth, 2e-5.",
     )
     .elsewhere(&["lr", "peak_lr", "max_lr"]),
+    Knob::new(
+        "train.loraplus_lr_ratio",
+        Kind::Real(POSITIVE, With(1e6)),
+        "1.0",
+        "How many times the learning rate of A the B of an adapter has (LoRA+, arXiv 2402.12354, which recommends 16); 1 is plain LoRA.",
+    )
+    .elsewhere(&["loraplus_ratio", "lora_plus_ratio"]),
     Knob::new(
         "train.lr_scheduler",
         Kind::Choice(&[

@@ -9,6 +9,7 @@ mod conflict;
 mod document;
 pub mod faults;
 mod given;
+mod knob_words;
 mod knobs;
 pub mod load;
 pub mod named_templates;

@@ -292,6 +292,8 @@ pub struct AdapterPlan {
     pub dropout: f64,
     /// Which linear layers carry an adapter.
     pub target_modules: TargetModules,
+    /// Which of them do not after all.
+    pub exclude_modules: Option<TargetModules>,
     /// Layer indices that carry adapters; all when `None`.
     pub layers_to_transform: Option<Vec<usize>>,
     /// Module pattern → rank, first match wins (order of the recipe).
@@ -300,6 +302,12 @@ pub struct AdapterPlan {
     pub alpha_pattern: Vec<(String, f64)>,
     /// Scale by `alpha / sqrt(rank)` (arXiv 2312.03732).
     pub use_rslora: bool,
+    /// Whether rows of adapted weights have lengths of their own (DoRA, arXiv 2402.09353).
+    pub use_dora: bool,
+    /// Which biases train beside the adapters.
+    pub bias: TrainedBias,
+    /// Ends of the paths of modules that train whole.
+    pub modules_to_save: Option<Vec<String>>,
     /// A PEFT adapter directory to train on from; its configuration replaces the knobs above.
     pub init_from: Option<PathBuf>,
 }
@@ -312,6 +320,19 @@ pub enum AdapterMethod {
     Lora,
     /// All weights train.
     Full,
+}
+
+/// Which biases of the base train beside the deltas.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum TrainedBias {
+    /// None.
+    #[default]
+    None,
+    /// All that the model has.
+    All,
+    /// Those of the layers that carry a delta.
+    LoraOnly,
 }
 
 /// Which linear layers carry an adapter, with PEFT's meaning.
@@ -334,6 +355,8 @@ pub struct TrainPlan {
     pub gradient_accumulation_steps: usize,
     /// Peak learning rate.
     pub learning_rate: f64,
+    /// How many times the learning rate of A the B of a delta has (LoRA+).
+    pub loraplus_lr_ratio: f64,
     /// Shape of the learning rate over the run.
     pub lr_scheduler: LrScheduler,
     /// Steps of linear warm-up from 0.

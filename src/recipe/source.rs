@@ -5,7 +5,7 @@ use std::path::Path;
 use serde_json::{Map, Value as Json, json};
 
 use super::check::{self, Checked, Mismatch, mismatch, text, where_paths_start, wrong};
-use super::knobs::FORMAT;
+use super::knob_words::FORMAT;
 use super::schema::{Edge, Kind};
 use super::suggest;
 use super::tree::{Node, Value};

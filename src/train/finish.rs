@@ -48,7 +48,7 @@ pub fn write(
 ) -> Result<(), FinishError> {
     match &run.adapter {
         Some(choice) => {
-            let pairs = inject::extract(model).into_iter().collect();
+            let adapter = inject::extract(model);
             let card = ModelCard {
                 recipe_yaml: resolve::to_yaml(&run.plan),
                 metrics,
@@ -60,7 +60,7 @@ pub fn write(
             Ok(write_adapter(
                 dir,
                 &choice.config,
-                &pairs,
+                &adapter,
                 save_tokenizer,
                 &card,
             )?)

@@ -19,6 +19,19 @@ pub struct AdamWConfig {
     pub eps: f64,
     /// Share of a weight that the learning rate takes away in each step.
     pub weight_decay: f64,
+    /// How many times the learning rate of A the B of a delta has (LoRA+, arXiv 2402.12354); vectors
+    /// have it too, as in PEFT.
+    pub loraplus_lr_ratio: f64,
+}
+
+impl AdamWConfig {
+    /// The learning rate of a tensor, where `rate` is the schedule's.
+    pub fn rate_of(&self, name: &str, shape: &[usize], rate: f64) -> f64 {
+        match name.ends_with(".lora_b") || shape.len() == 1 {
+            true => rate * self.loraplus_lr_ratio,
+            false => rate,
+        }
+    }
 }
 
 impl From<&TrainPlan> for AdamWConfig {
@@ -28,6 +41,7 @@ impl From<&TrainPlan> for AdamWConfig {
             beta2: plan.adam_beta2,
             eps: plan.adam_eps,
             weight_decay: plan.weight_decay,
+            loraplus_lr_ratio: plan.loraplus_lr_ratio,
         }
     }
 }
@@ -61,8 +75,8 @@ impl AdamW {
         }
     }
 
-    /// Moves every trainable tensor that has a gradient. Biases and norms, which have one
-    /// dimension, do not decay (as in Hugging Face's Trainer).
+    /// Moves every trainable tensor that has a gradient. Biases and norms do not decay, as in Hugging
+    /// Face's Trainer.
     pub fn step(&mut self, model: &mut CausalLm, mut gradients: Gradients, learning_rate: f64) {
         self.steps += 1;
         let AdamWConfig {
@@ -70,7 +84,9 @@ impl AdamW {
             beta2,
             eps,
             weight_decay,
+            ..
         } = self.config;
+        let config = self.config;
         let correction1 = 1.0 - beta1.powi(self.steps as i32);
         let correction2 = 1.0 - beta2.powi(self.steps as i32);
         let moments = &mut self.moments;
@@ -84,8 +100,9 @@ impl AdamW {
             };
             let first = first * beta1 + gradient.clone() * (1.0 - beta1);
             let second = second * beta2 + gradient.square() * (1.0 - beta2);
+            let learning_rate = config.rate_of(name, &parameter.shape(), learning_rate);
             let mut values = parameter.flat();
-            if weight_decay != 0.0 && parameter.shape().len() > 1 {
+            if weight_decay != 0.0 && decays(name, &parameter.shape()) {
                 values = values * (1.0 - learning_rate * weight_decay);
             }
             let scale = second.clone().sqrt() / correction2.sqrt() + eps;
@@ -94,4 +111,9 @@ impl AdamW {
             moments.insert(name.to_string(), Moments { first, second });
         });
     }
+}
+
+/// Whether weight decay applies: to matrices, and to DoRA's magnitudes.
+fn decays(name: &str, shape: &[usize]) -> bool {
+    shape.len() > 1 || name.ends_with(".magnitude")
 }

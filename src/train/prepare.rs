@@ -1,12 +1,12 @@
 //! From a plan to everything a run needs, short of loading weights: what `lorafit check` does.
 
-use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 use std::fmt;
 use std::path::{Path, PathBuf};
 
 use crate::adapter::config::AdapterConfig;
 use crate::adapter::inject::{self, Init};
-use crate::adapter::peft::{self, LoraPair};
+use crate::adapter::peft::{self, AdapterWeights};
 use crate::adapter::target::{self, ModuleAdapter, Targeting};
 use crate::data::tokenize::ChatTokenizer;
 use crate::data::{self, Dataset};
@@ -44,7 +44,7 @@ pub struct AdapterChoice {
     /// The modules.
     pub modules: Vec<ModuleAdapter>,
     /// Values to train on from (`adapter.init_from`).
-    pub values: Option<BTreeMap<String, LoraPair>>,
+    pub values: Option<AdapterWeights>,
 }
 
 /// Why a plan cannot be carried out.
@@ -143,8 +143,7 @@ fn choose_adapters(
     }
     if let Some(dir) = &plan.adapter.init_from {
         let (adapter_config, values) = findings.take(peft::read_adapter(dir))?;
-        let linears = names::linear_shapes(config);
-        let fit = peft::fit(dir, &adapter_config, &values, &linears);
+        let fit = peft::fit_model(dir, &adapter_config, &values, config);
         return Some(AdapterChoice {
             modules: findings.take(fit)?,
             config: adapter_config,
@@ -154,7 +153,7 @@ fn choose_adapters(
     let targeting = Targeting::from(&plan.adapter);
     let mut linear = names::linear_modules(config);
     linear.push(names::HEAD.to_string());
-    let modules = findings.take(target::select(&targeting, &linear))?;
+    let mut modules = findings.take(target::select(&targeting, &linear))?;
     if modules.iter().any(|adapter| adapter.module == names::HEAD) {
         findings.0.push(format!(
             "adapter.target_modules chooses {}, which cannot carry an adapter yet; leave it out",
@@ -164,11 +163,35 @@ fn choose_adapters(
     }
     let written = findings.take(target::as_written(&targeting, &linear))?;
     let revision = Some(plan.base.revision.as_str());
+    let adapter = AdapterConfig::new(&plan.base.model, revision, written, plan.adapter.dropout)
+        .with_plan(&plan.adapter);
+    check_saved(&adapter, config, findings);
+    // What trains whole needs no delta; PEFT leaves it out too.
+    modules.retain(|chosen| !adapter.saves(&chosen.module));
     Some(AdapterChoice {
-        config: AdapterConfig::new(&plan.base.model, revision, written, plan.adapter.dropout),
+        config: adapter,
         modules,
         values: None,
     })
+}
+
+/// A name of `modules_to_save` that no module has would train nothing and say nothing, as in PEFT.
+fn check_saved(adapter: &AdapterConfig, config: &ModelConfig, findings: &mut Findings) {
+    let mut modules: BTreeSet<String> = (names::tensors(config).iter())
+        .filter_map(|(name, _)| Some(name.rsplit_once('.')?.0.to_string()))
+        .collect();
+    modules.insert(names::HEAD.to_string());
+    for end in &adapter.modules_to_save {
+        if end.is_empty() || !modules.iter().any(|module| module.ends_with(end)) {
+            let ends: BTreeSet<&str> = (modules.iter())
+                .filter_map(|module| module.rsplit('.').next())
+                .collect();
+            findings.0.push(format!(
+                "adapter.modules_to_save: no module's path ends with {end:?}; the modules are {}",
+                ends.into_iter().collect::<Vec<_>>().join(", ")
+            ));
+        }
+    }
 }
 
 /// A tokenizer with more ids than the model has embeddings would read past the table.
@@ -215,8 +238,7 @@ impl Prepared {
                     Some(values) => Init::Loaded(values),
                     None => Init::Fresh { seed },
                 };
-                let dropout = choice.config.lora_dropout;
-                inject::inject(&mut model, &choice.modules, dropout, &init);
+                inject::inject(&mut model, &choice.config, &choice.modules, &init);
             }
             None => inject::train_all(&mut model),
         }
