@@ -31,7 +31,7 @@ fn read_adapter(dir: &Path) -> Result<(AdapterConfig, AdapterWeights), Verdict> 
         _ => failed(error),
     })?;
     let strange = |name: &&str| {
-        names::parse_peft_key(name).is_some_and(|(module, _)| !module.contains(".layers."))
+        names::parse_peft_key(name).is_some_and(|(module, _)| module == names::HEAD)
             || name.contains("lora_embedding")
     };
     let file = tensors.file();
@@ -224,9 +224,10 @@ fn check_gradients(gradients: &Gradients, expected: &Tensors, figures: &mut Figu
         .collect();
     for (name, gradient) in gradients {
         let (module, field) = name.rsplit_once('.').expect("a tensor of a module");
+        let kept = names::peft_module(module, |path| adapted.contains(path));
         let key = match field {
-            "lora_a" => names::peft_key(module, LoraHalf::A),
-            "lora_b" => names::peft_key(module, LoraHalf::B),
+            "lora_a" => names::peft_key(&kept, LoraHalf::A),
+            "lora_b" => names::peft_key(&kept, LoraHalf::B),
             "magnitude" => names::magnitude_key(module),
             _ => names::saved_key(name, adapted.contains(module)),
         };

@@ -57,17 +57,14 @@ pub fn names_in(dir: &Path) -> Vec<String> {
 fn slowly_merged(base: &Path, adapter: &Path) -> BTreeMap<String, Vec<f64>> {
     let weights = Weights::open(base).unwrap();
     let (config, AdapterWeights { pairs, .. }) = read_adapter(adapter).unwrap();
-    let linears: Vec<(String, [usize; 2])> = names::linears(&weights.config().unwrap())
-        .into_iter()
-        .map(|l| (l.path, [l.out_features, l.in_features]))
-        .collect();
+    let layers = names::adaptable(&weights.config().unwrap());
     let mut tensors: BTreeMap<String, Vec<f64>> = (weights.names())
         .map(|name| {
             let values = weights.read_f32(name).unwrap();
             (name.to_owned(), values.into_iter().map(f64::from).collect())
         })
         .collect();
-    for module in fit(adapter, &config, &pairs, &linears).unwrap() {
+    for module in fit(adapter, &config, &pairs, &layers).unwrap() {
         let pair = &pairs[&module.module];
         let (rank, inputs) = (pair.a_shape[0], pair.a_shape[1]);
         let w = tensors
@@ -353,6 +350,7 @@ fn tied_embeddings_stay_tied() {
         rank_pattern: Vec::new(),
         alpha_pattern: Vec::new(),
         use_rslora: false,
+        target_parameters: Vec::new(),
     };
     let pairs = (names::linears(&config).into_iter())
         .filter(|l| l.path.ends_with("down_proj"))

@@ -9,7 +9,7 @@ use lorafit::adapter::target::{ALL_LINEAR, Targeting, as_written, select};
 use lorafit::export::peft::{ModelCard, write_adapter};
 use lorafit::export::safetensors::{TensorInfo, f32_bytes, write_safetensors};
 use lorafit::model::config::ModelConfig;
-use lorafit::model::names;
+use lorafit::model::names::{self, Adaptable};
 use lorafit::recipe::plan::TargetModules;
 use safetensors::{Dtype, SafeTensors};
 use serde_json::{Value, json};
@@ -34,14 +34,14 @@ fn json_file(path: &Path) -> Value {
     serde_json::from_str(&fs::read_to_string(path).unwrap()).unwrap()
 }
 
-/// Paths and shapes of the linear layers of the golden base.
-fn linears() -> Vec<(String, [usize; 2])> {
+/// The layers of the golden base.
+fn linears() -> Vec<Adaptable> {
     let config = ModelConfig::from_dir(&own().join("models/llama")).unwrap();
-    names::linear_shapes(&config)
+    names::adaptable(&config)
 }
 
 fn modules() -> Vec<String> {
-    linears().into_iter().map(|(path, _)| path).collect()
+    linears().into_iter().map(|layer| layer.path).collect()
 }
 
 /// What the case's author passed to PEFT, as lorafit states it.
@@ -84,6 +84,7 @@ fn choice(name: &str) -> Targeting {
             .collect(),
         alpha_pattern: pairs("alpha_pattern"),
         use_rslora: spec["use_rslora"].as_bool().unwrap_or(false),
+        target_parameters: Vec::new(),
     }
 }
 
@@ -102,7 +103,9 @@ fn the_same_choice_gives_pefts_configuration() {
 #[test]
 fn the_same_choice_gives_pefts_tensors() {
     for name in PLAIN {
-        let shapes: BTreeMap<String, [usize; 2]> = linears().into_iter().collect();
+        let shapes: BTreeMap<String, [usize; 2]> = (linears().into_iter())
+            .map(|layer| (layer.path, [layer.out_features, layer.in_features]))
+            .collect();
         let mut expected = BTreeMap::new();
         for adapter in select(&choice(name), &modules()).unwrap() {
             let [out, inputs] = shapes[&adapter.module];
@@ -155,7 +158,6 @@ fn pefts_adapters_load_and_fit_their_base() {
 #[test]
 fn other_methods_are_refused_by_name() {
     for (name, part) in [
-        ("mixtral_experts", "target_parameters"),
         ("vera", "peft_type: \"VERA\""),
         ("embedding_lora", "lora_embedding_A"),
     ] {
@@ -171,8 +173,8 @@ fn an_adapter_for_another_base_does_not_fit() {
     let dir = case("all_linear").join("adapter_init");
     let (config, AdapterWeights { pairs, .. }) = read_adapter(&dir).unwrap();
     let mut base = linears();
-    base[0].1 = [64, 65];
-    base[1].0 = "model.layers.9.self_attn.k_proj".to_owned();
+    base[0].in_features = 65;
+    base[1].path = "model.layers.9.self_attn.k_proj".to_owned();
     let error = fit(&dir, &config, &pairs, &base).unwrap_err().to_string();
     for part in [
         "layers.0.self_attn.q_proj: expected [64, 65], found [64, 64]",

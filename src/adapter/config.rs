@@ -77,6 +77,8 @@ pub struct AdapterConfig {
     pub use_dora: bool,
     /// Which biases train.
     pub bias: TrainedBias,
+    /// Whether `target_parameters` is an empty list in the file, not `null`.
+    pub lists_no_parameters: bool,
     /// Ends of the paths of modules that train whole and are saved whole.
     pub modules_to_save: Vec<String>,
     /// How the first weights were drawn: `true`, `false`, `"gaussian"`, `"orthogonal"` or `"eva"`.
@@ -100,7 +102,7 @@ fn inert_keys() -> [(&'static str, Value); 8] {
 }
 
 /// Keys of features that are not implemented, with the value that leaves them off.
-fn unsupported_keys() -> [(&'static str, Value); 15] {
+fn unsupported_keys() -> [(&'static str, Value); 14] {
     [
         ("alora_invocation_tokens", Value::Null),
         ("arrow_config", Value::Null),
@@ -111,7 +113,6 @@ fn unsupported_keys() -> [(&'static str, Value); 15] {
         ("lora_bias", json!(false)),
         ("megatron_config", Value::Null),
         ("monteclora_config", Value::Null),
-        ("target_parameters", Value::Null),
         ("trainable_token_indices", Value::Null),
         ("use_bdlora", Value::Null),
         ("use_qalora", json!(false)),
@@ -138,6 +139,7 @@ impl AdapterConfig {
             targeting,
             lora_dropout: dropout,
             use_dora: false,
+            lists_no_parameters: false,
             bias: TrainedBias::None,
             modules_to_save: Vec::new(),
             init_lora_weights: Value::Bool(true),
@@ -241,6 +243,13 @@ impl AdapterConfig {
                     .collect(),
             ),
             ("use_rslora", json!(t.use_rslora)),
+            (
+                "target_parameters",
+                match (t.target_parameters.as_slice(), self.lists_no_parameters) {
+                    ([], false) => Value::Null,
+                    (names, _) => json!(names),
+                },
+            ),
             ("target_modules", modules(&t.target_modules)),
             (
                 "exclude_modules",

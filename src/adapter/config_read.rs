@@ -1,6 +1,6 @@
 //! Reads the values of `adapter_config.json`.
 
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
 use super::config::AdapterConfig;
 use super::target::Targeting;
@@ -28,7 +28,14 @@ impl<'a> Reader<'a> {
                 .push("peft_type is missing; expected \"LORA\"".to_owned());
         }
         let targets = self.modules("target_modules");
-        if targets.is_none() && self.faults.iter().all(|f| !f.starts_with("target_modules")) {
+        let parameters = self
+            .json
+            .get("target_parameters")
+            .is_some_and(Value::is_array);
+        if targets.is_none()
+            && !parameters
+            && self.faults.iter().all(|f| !f.starts_with("target_modules"))
+        {
             self.faults
                 .push("target_modules is missing; expected names or a pattern".to_owned());
         }
@@ -48,6 +55,7 @@ impl<'a> Reader<'a> {
             use_rslora: self
                 .get("use_rslora", "true or false", Value::as_bool)
                 .unwrap_or(false),
+            target_parameters: self.strings("target_parameters").unwrap_or_default(),
         };
         let config = AdapterConfig {
             base_model_name_or_path: self.string("base_model_name_or_path"),
@@ -60,6 +68,7 @@ impl<'a> Reader<'a> {
             use_dora: self
                 .get("use_dora", "true or false", Value::as_bool)
                 .unwrap_or(false),
+            lists_no_parameters: self.json.get("target_parameters") == Some(&json!([])),
             bias: self
                 .get("bias", "none, all or lora_only", |value| {
                     serde_json::from_value(value.clone()).ok()

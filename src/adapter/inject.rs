@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use burn::tensor::{Tensor, TensorData};
+use burn::tensor::{Device, Tensor, TensorData};
 
 use super::config::{AdapterConfig, TrainedBias};
 use super::peft::{AdapterWeights, LoraPair, Saved};
@@ -10,7 +10,7 @@ use super::target::ModuleAdapter;
 use crate::device::to_vec;
 use crate::model::{CausalLm, names};
 use crate::nn::lora_linear::row_squares;
-use crate::nn::{LoraDelta, LoraLinear, Magnitude, Parameter};
+use crate::nn::{ExpertDelta, LoraDelta, LoraLinear, Magnitude, Parameter};
 use crate::random::Stream;
 
 /// The first values of adapters.
@@ -45,21 +45,16 @@ pub fn inject(
         let pair = match init {
             Init::Fresh { seed } => {
                 let stream = Stream::new(*seed).split(0xA).split(index as u64);
-                fresh(linear, adapter.rank, stream)
+                fresh(linear.weight.dims(), adapter.rank, stream)
             }
             Init::Loaded(loaded) => match loaded.pairs.get(&path) {
                 Some(pair) => pair.clone(),
                 None => continue,
             },
         };
-        let leaf = |values: Vec<f32>, shape: [usize; 2]| {
-            Tensor::<2>::from_data(TensorData::new(values, shape), &device)
-                .autodiff()
-                .require_grad()
-        };
         let mut lora = LoraDelta {
-            lora_a: leaf(pair.a, pair.a_shape),
-            lora_b: leaf(pair.b, pair.b_shape),
+            lora_a: leaf(pair.a, pair.a_shape, &device),
+            lora_b: leaf(pair.b, pair.b_shape, &device),
             scaling: adapter.scaling,
             magnitude: None,
             dropout: config.lora_dropout,
@@ -70,12 +65,52 @@ pub fn inject(
         }
         linear.lora = Some(lora);
     }
+    inject_experts(model, config, &by_module, init);
     train_whole(model, config, &by_module, init);
 }
 
+/// Gives the chosen experts' layers their deltas.
+fn inject_experts(
+    model: &mut CausalLm,
+    config: &AdapterConfig,
+    adapted: &BTreeMap<&str, (usize, &ModuleAdapter)>,
+    init: &Init,
+) {
+    let device = model.device().clone();
+    for (path, layer) in model.experts() {
+        let Some(&(index, adapter)) = adapted.get(path.as_str()) else {
+            continue;
+        };
+        let [experts, out, input] = layer.weight.dims();
+        let pair = match init {
+            Init::Fresh { seed } => {
+                let stream = Stream::new(*seed).split(0xA).split(index as u64);
+                fresh([out, input], experts * adapter.rank, stream)
+            }
+            Init::Loaded(loaded) => match loaded.pairs.get(&path) {
+                Some(pair) => pair.clone(),
+                None => continue,
+            },
+        };
+        layer.lora = Some(ExpertDelta {
+            lora_a: leaf(pair.a, pair.a_shape, &device),
+            lora_b: leaf(pair.b, pair.b_shape, &device),
+            scaling: adapter.scaling,
+            dropout: config.lora_dropout,
+            module: index as u64,
+        });
+    }
+}
+
+/// A trainable matrix.
+fn leaf(values: Vec<f32>, shape: [usize; 2], device: &Device) -> Tensor<2> {
+    Tensor::<2>::from_data(TensorData::new(values, shape), device)
+        .autodiff()
+        .require_grad()
+}
+
 /// The first values of a delta.
-fn fresh(linear: &LoraLinear, rank: usize, stream: Stream) -> LoraPair {
-    let [out, input] = linear.weight.dims();
+fn fresh([out, input]: [usize; 2], rank: usize, stream: Stream) -> LoraPair {
     let bound = 1.0 / (input as f64).sqrt();
     let a = (0..(rank * input) as u64)
         .map(|i| ((2.0 * stream.uniform(i) - 1.0) * bound) as f32)
@@ -165,6 +200,20 @@ pub fn extract(model: &mut CausalLm) -> AdapterWeights {
                 b,
                 b_shape,
                 magnitude,
+            };
+            adapter.pairs.insert(path, pair);
+        }
+    }
+    for (path, layer) in model.experts() {
+        if let Some(lora) = &layer.lora {
+            let (a, a_shape) = values(lora.lora_a.clone());
+            let (b, b_shape) = values(lora.lora_b.clone());
+            let pair = LoraPair {
+                a,
+                a_shape,
+                b,
+                b_shape,
+                magnitude: None,
             };
             adapter.pairs.insert(path, pair);
         }

@@ -5,6 +5,7 @@
 
 pub mod config;
 mod config_read;
+pub mod experts;
 pub mod inject;
 pub mod merge;
 pub mod peft;

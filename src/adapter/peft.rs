@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 pub use super::config::{AdapterConfig, AdapterConfigError, CONFIG_FILE, TrainedBias};
 use super::target::{Matcher, ModuleAdapter, TargetError};
 use crate::model::config::ModelConfig;
-use crate::model::names::{self, LoraHalf, PeftTensor};
+use crate::model::names::{self, Adaptable, LoraHalf, PeftTensor};
 use crate::model::weights::{Weights, WeightsError};
 
 /// The weights' file name in an adapter directory.
@@ -97,6 +97,26 @@ pub struct LoraPair {
     pub magnitude: Option<Vec<f32>>,
 }
 
+impl LoraPair {
+    /// The delta of the transposed weight: `(B·A)ᵀ = Aᵀ·Bᵀ`.
+    pub fn transposed(&self) -> Self {
+        let transpose = |values: &[f32], [rows, cols]: [usize; 2]| -> Vec<f32> {
+            let columns = 0..cols;
+            columns
+                .flat_map(|col| (0..rows).map(move |row| values[row * cols + col]))
+                .collect()
+        };
+        let ([rank, input], [out, _]) = (self.a_shape, self.b_shape);
+        Self {
+            a: transpose(&self.b, self.b_shape),
+            a_shape: [rank, out],
+            b: transpose(&self.a, self.a_shape),
+            b_shape: [input, rank],
+            magnitude: self.magnitude.clone(),
+        }
+    }
+}
+
 /// Everything that an adapter's file holds, in f32.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct AdapterWeights {
@@ -150,9 +170,9 @@ pub fn read_adapter(dir: &Path) -> Result<(AdapterConfig, AdapterWeights), PeftE
     }
     let weights = Weights::open(&path)?;
     let mut faults = Vec::new();
-    let found = Found::new(&weights, &config, &mut faults);
-    for module in &found.modules {
-        check_module(&weights, &matcher, &config, module, &mut faults);
+    let found = Found::new(&weights, &config, &matcher, &mut faults);
+    for (module, key) in &found.modules {
+        check_module(&weights, &matcher, &config, (module, key), &mut faults);
     }
     if found.modules.is_empty() && faults.is_empty() {
         faults.push("no tensors".to_owned());
@@ -165,8 +185,8 @@ pub fn read_adapter(dir: &Path) -> Result<(AdapterConfig, AdapterWeights), PeftE
         });
     }
     let mut read = AdapterWeights::default();
-    for module in found.modules {
-        let pair = read_pair(&weights, &module, config.use_dora)?;
+    for (module, key) in found.modules {
+        let pair = read_pair(&weights, &key, config.use_dora)?;
         read.pairs.insert(module, pair);
     }
     for (name, key) in found.saved {
@@ -190,25 +210,36 @@ pub fn matcher(config: &AdapterConfig, dir: &Path) -> Result<Matcher, PeftError>
     })
 }
 
+/// Whether a path is that of all experts' layer.
+fn is_expert_layer(path: &str) -> bool {
+    names::parameter_of(path).is_some_and(|parameter| parameter == path)
+}
+
 /// What a file holds.
 struct Found {
-    /// Modules with a delta.
-    modules: BTreeSet<String>,
+    /// Paths of deltas, and the modules under which the file keeps them.
+    modules: BTreeMap<String, String>,
     /// Tensors of the base that trained: their names, and their keys in the file.
     saved: BTreeMap<String, String>,
 }
 
 impl Found {
     /// Sorts a file's tensors; those that the configuration does not account for are faults.
-    fn new(weights: &Weights, config: &AdapterConfig, faults: &mut Vec<String>) -> Self {
+    fn new(
+        weights: &Weights,
+        config: &AdapterConfig,
+        matcher: &Matcher,
+        faults: &mut Vec<String>,
+    ) -> Self {
         let mut found = Self {
-            modules: BTreeSet::new(),
+            modules: BTreeMap::new(),
             saved: BTreeMap::new(),
         };
         for key in weights.names() {
             match names::parse_peft_tensor(key) {
                 Some(PeftTensor::Half(module, _)) => {
-                    found.modules.insert(module);
+                    let path = names::delta_path(&module, |path| matcher.selects(path));
+                    found.modules.insert(path, module);
                 }
                 Some(PeftTensor::Magnitude(_)) if config.use_dora => {}
                 Some(PeftTensor::Saved(name)) if trains(config, &name) => {
@@ -235,7 +266,7 @@ fn check_module(
     weights: &Weights,
     matcher: &Matcher,
     config: &AdapterConfig,
-    module: &str,
+    (module, key_module): (&str, &str),
     faults: &mut Vec<String>,
 ) {
     if !matcher.selects(module) {
@@ -244,14 +275,20 @@ fn check_module(
         ));
     }
     let rank = matcher.adapter(module).rank;
+    let shape = |half| weights.shape(&names::peft_key(key_module, half));
+    // All experts' deltas lie in one pair, whose rank is theirs together.
+    let experts = match shape(LoraHalf::A) {
+        Some([rows, _]) if is_expert_layer(module) && rows.is_multiple_of(rank) => rows / rank,
+        _ => 1,
+    };
     for half in LoraHalf::BOTH {
-        let key = names::peft_key(module, half);
+        let key = names::peft_key(key_module, half);
         let expected = match half {
-            LoraHalf::A => format!("[{rank}, in]"),
-            LoraHalf::B => format!("[out, {rank}]"),
+            LoraHalf::A => format!("[{}, in]", rank * experts),
+            LoraHalf::B => format!("[out, {}]", rank * experts),
         };
         let ranked = |shape: &[usize]| match (half, shape) {
-            (LoraHalf::A, [r, _]) | (LoraHalf::B, [_, r]) => *r == rank,
+            (LoraHalf::A, [r, _]) | (LoraHalf::B, [_, r]) => *r == rank * experts,
             _ => false,
         };
         match weights.shape(&key) {
@@ -260,8 +297,8 @@ fn check_module(
             Some(shape) => faults.push(format!("{key}: expected {expected}, found {shape:?}")),
         }
     }
-    let key = names::magnitude_key(module);
-    let rows = weights.shape(&names::peft_key(module, LoraHalf::B));
+    let key = names::magnitude_key(key_module);
+    let rows = shape(LoraHalf::B);
     match (weights.shape(&key), rows) {
         (None, _) if config.use_dora => faults.push(format!("{key}: missing, expected [out]")),
         (Some(found), Some([out, _])) if found != [*out] => {
@@ -306,7 +343,7 @@ pub fn fit_model(
     adapter: &AdapterWeights,
     model: &ModelConfig,
 ) -> Result<Vec<ModuleAdapter>, PeftError> {
-    let modules = fit(dir, config, &adapter.pairs, &names::linear_shapes(model))?;
+    let modules = fit(dir, config, &adapter.pairs, &names::adaptable(model))?;
     let head = (
         format!("{}.weight", names::HEAD),
         vec![model.vocab_size, model.hidden_size],
@@ -334,7 +371,7 @@ pub fn fit_model(
     }
 }
 
-/// Checks an adapter against the base model's linear layers, given as path and `[out, in]`, and
+/// Checks an adapter against the base model's layers and
 /// returns what each module's adapter is scaled by, in the layers' order.
 ///
 /// # Errors
@@ -344,23 +381,35 @@ pub fn fit(
     dir: &Path,
     config: &AdapterConfig,
     pairs: &BTreeMap<String, LoraPair>,
-    linears: &[(String, [usize; 2])],
+    layers: &[Adaptable],
 ) -> Result<Vec<ModuleAdapter>, PeftError> {
     let matcher = matcher(config, dir)?;
     let mut faults = Vec::new();
     let mut adapters = Vec::new();
     let mut known = BTreeSet::new();
-    for (module, [out, inputs]) in linears {
+    for layer in layers {
+        let module = &layer.path;
         known.insert(module);
         match pairs.get(module) {
             Some(pair) => {
-                let found = [pair.b_shape[0], pair.a_shape[1]];
-                if found != [*out, *inputs] {
+                let adapter = matcher.adapter(module);
+                let expected = (
+                    adapter.rank * layer.experts,
+                    [layer.out_features, layer.in_features],
+                );
+                let found = (pair.a_shape[0], [pair.b_shape[0], pair.a_shape[1]]);
+                if found.1 != expected.1 {
                     faults.push(format!(
-                        "{module}: expected [{out}, {inputs}], found {found:?}"
+                        "{module}: expected {:?}, found {:?}",
+                        expected.1, found.1
+                    ));
+                } else if found.0 != expected.0 {
+                    faults.push(format!(
+                        "{module}: expected rank {}, found {}",
+                        expected.0, found.0
                     ));
                 }
-                adapters.push(matcher.adapter(module));
+                adapters.push(adapter);
             }
             None if matcher.selects(module) && !config.saves(module) => {
                 faults.push(format!(

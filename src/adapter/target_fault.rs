@@ -6,6 +6,7 @@ use std::fmt;
 use regex::Regex;
 
 use super::target::{Matcher, ModuleAdapter, Rule, Targeting, ends_with, layer_index};
+use crate::model::names;
 use crate::recipe::plan::TargetModules;
 
 /// Everything wrong with a choice of modules.
@@ -82,6 +83,17 @@ pub enum TargetFault {
     /// `layers_pattern` alone.
     #[error("layers_pattern: has no meaning without layers_to_transform; give both or neither")]
     LayersPatternAlone,
+    /// Half of two layers that are one in the model.
+    #[error(
+        "target_modules: {found:?} without {missing:?}; in a model whose experts hold both in one \
+         parameter they carry one adapter: give both or neither"
+    )]
+    HalfOfExperts {
+        /// What stands there.
+        found: &'static str,
+        /// What does not.
+        missing: &'static str,
+    },
     /// Rank 0.
     #[error("{key}: found rank 0; expected 1 or more")]
     ZeroRank {
@@ -137,15 +149,28 @@ pub(super) fn unused(
             });
         }
     }
+    for name in &targeting.target_parameters {
+        let parameters: Vec<String> = (linear.iter())
+            .map(|path| names::parameter_of(path).unwrap_or(format!("{path}.weight")))
+            .collect();
+        if !parameters.iter().any(|path| ends_with(path, name)) {
+            let nearest = nearest(name, &parameters);
+            faults.push(TargetFault::UnknownName {
+                key: "target_parameters",
+                name: name.clone(),
+                nearest,
+            });
+        }
+    }
     if selected.is_empty() && faults.is_empty() {
         faults.push(TargetFault::Nothing);
     }
     if selected.is_empty() {
         return faults;
     }
-    let paths: Vec<String> = selected
-        .iter()
-        .map(|adapter| adapter.module.clone())
+    // Patterns speak of parameters where those are what carries the adapter.
+    let paths: Vec<String> = (selected.iter())
+        .map(|adapter| names::parameter_of(&adapter.module).unwrap_or(adapter.module.clone()))
         .collect();
     let mut check = |key, pattern: &str, regex: &Regex| {
         if !paths.iter().any(|path| regex.is_match(path)) {

@@ -157,13 +157,13 @@ fn summarise(prepared: &Prepared, device: String) -> Summary<'_> {
     }
 }
 
-/// Numbers in the adapters: `R · (in + out)` for each; `None` where all weights train.
+/// Numbers in the adapters: `E · R · (in + out)` for each; `None` where all weights train.
 fn adapter_parameters(prepared: &Prepared) -> Option<usize> {
-    let shapes = names::linear_shapes(&prepared.config);
+    let layers = names::adaptable(&prepared.config);
     let modules = &prepared.adapter.as_ref()?.modules;
     let sizes = modules.iter().filter_map(|adapter| {
-        let (_, shape) = shapes.iter().find(|(path, _)| *path == adapter.module)?;
-        Some(adapter.rank * shape.iter().sum::<usize>())
+        let layer = layers.iter().find(|layer| layer.path == adapter.module)?;
+        Some(adapter.rank * layer.experts * (layer.in_features + layer.out_features))
     });
     Some(sizes.sum())
 }

@@ -5,6 +5,7 @@
 //! does with the files of [`sidecar`], and [`merged`] makes one of base and adapter.
 
 pub mod merged;
+mod merger;
 pub mod model;
 pub mod peft;
 pub mod safetensors;

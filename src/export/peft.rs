@@ -9,7 +9,7 @@ use safetensors::Dtype;
 use super::safetensors::{TensorInfo, f32_bytes, write_safetensors};
 use super::write::{PartialDir, WriteError, atomic_bytes, is_taken};
 use crate::adapter::peft::{AdapterConfig, AdapterWeights, CONFIG_FILE, WEIGHTS_FILE};
-use crate::model::names::{LoraHalf, magnitude_key, peft_key, saved_key};
+use crate::model::names::{LoraHalf, magnitude_key, peft_key, peft_module, saved_key};
 
 /// Why an adapter could not be written.
 #[derive(Debug, thiserror::Error)]
@@ -80,11 +80,12 @@ pub fn write_adapter_files(
         };
         values.push((info, f32_bytes(data)));
     };
-    for (module, pair) in &adapter.pairs {
-        add(peft_key(module, LoraHalf::A), &pair.a_shape, &pair.a);
-        add(peft_key(module, LoraHalf::B), &pair.b_shape, &pair.b);
+    for (path, pair) in &adapter.pairs {
+        let module = peft_module(path, |path| adapter.pairs.contains_key(path));
+        add(peft_key(&module, LoraHalf::A), &pair.a_shape, &pair.a);
+        add(peft_key(&module, LoraHalf::B), &pair.b_shape, &pair.b);
         if let Some(magnitude) = &pair.magnitude {
-            add(magnitude_key(module), &[magnitude.len()], magnitude);
+            add(magnitude_key(&module), &[magnitude.len()], magnitude);
         }
     }
     for (name, saved) in &adapter.saved {

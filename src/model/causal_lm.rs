@@ -10,7 +10,9 @@ use super::tensor_reader::{Outline, TensorReader};
 use super::weights::{self, Weights, WeightsError};
 use super::{build, names};
 use crate::kernels::{self, LogitShape, Segments};
-use crate::nn::{Dropout, LayerCache, LoraLinear, Norm, Parameter, Rope, Rows, Visitor};
+use crate::nn::{
+    Dropout, ExpertLinear, LayerCache, LoraLinear, Norm, Parameter, Rope, Rows, Visitor,
+};
 
 /// A causal language model on one device, in f32.
 #[derive(Debug, Clone)]
@@ -265,6 +267,18 @@ impl CausalLm {
                 let path = names::block(i);
                 let linears = block.linears().into_iter();
                 linears.map(move |(name, linear)| (format!("{path}.{name}"), linear))
+            })
+            .collect()
+    }
+
+    /// The experts' layers, with the names of their parameters in transformers 5.
+    pub fn experts(&mut self) -> Vec<(String, &mut ExpertLinear)> {
+        let blocks = self.blocks.iter_mut().enumerate();
+        blocks
+            .flat_map(|(i, block)| {
+                let path = names::block(i);
+                let layers = block.experts().into_iter();
+                layers.map(move |(name, layer)| (format!("{path}.{name}"), layer))
             })
             .collect()
     }

@@ -112,6 +112,53 @@ pub fn parse_peft_key(key: &str) -> Option<(&str, LoraHalf)> {
         .filter(|(module, _)| !module.is_empty())
 }
 
+/// The parameter that carries a delta at this path, where it is not a linear layer's in transformers 5:
+/// an expert layer is a parameter itself, and a router holds its weight outside of a linear layer.
+pub fn parameter_of(path: &str) -> Option<String> {
+    if EXPERT_LAYERS.iter().any(|layer| path.ends_with(layer)) {
+        return Some(path.to_string());
+    }
+    let is_router = ROUTERS.iter().any(|router| path.ends_with(router));
+    is_router.then(|| format!("{path}.weight"))
+}
+
+/// The layers of all experts.
+const EXPERT_LAYERS: [&str; 2] = [".mlp.experts.gate_up_proj", ".mlp.experts.down_proj"];
+/// Routers.
+const ROUTERS: [&str; 2] = [".mlp.gate", ".mlp.router"];
+
+/// The module under which PEFT keeps the delta at this path. Two parameters of one module nest: the
+/// first one's delta lies in the `base_layer` of the second's.
+pub fn peft_module(path: &str, carries: impl Fn(&str) -> bool) -> String {
+    let [gate_up, down] = EXPERT_LAYERS;
+    if let Some(block) = path.strip_suffix(gate_up) {
+        let inner = match carries(&format!("{block}{down}")) {
+            true => BASE_LAYER,
+            false => "",
+        };
+        return format!("{block}.mlp.experts{inner}");
+    }
+    match path.strip_suffix(down) {
+        Some(block) => format!("{block}.mlp.experts"),
+        None => path.to_string(),
+    }
+}
+
+/// The path of the delta that PEFT keeps under this module: the reverse of [`peft_module`].
+pub fn delta_path(module: &str, carries: impl Fn(&str) -> bool) -> String {
+    let [gate_up, down] = EXPERT_LAYERS;
+    if let Some(block) = module.strip_suffix(".mlp.experts.base_layer") {
+        return format!("{block}{gate_up}");
+    }
+    let Some(block) = module.strip_suffix(".mlp.experts") else {
+        return module.to_string();
+    };
+    match carries(&format!("{block}{down}")) {
+        true => format!("{block}{down}"),
+        false => format!("{block}{gate_up}"),
+    }
+}
+
 /// What a tensor of an adapter is to the base.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum PeftTensor {
@@ -215,6 +262,46 @@ pub(super) fn is_passed_over(name: &str, layers: usize) -> bool {
     name.ends_with("rotary_emb.inv_freq")
         || name.starts_with("mtp.")
         || layer_of(name).is_some_and(|layer| layer >= layers)
+}
+
+/// What can carry a delta.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Adaptable {
+    /// Its path.
+    pub path: String,
+    /// How many matrices it has: one, or the experts of a mixture.
+    pub experts: usize,
+    /// Rows of each.
+    pub out_features: usize,
+    /// Columns of each.
+    pub in_features: usize,
+}
+
+/// Everything that can carry a delta: the linear layers, then routers and the experts' layers.
+pub fn adaptable(config: &ModelConfig) -> Vec<Adaptable> {
+    let outline = super::causal_lm::outline(config);
+    let parameters = (outline.tensors.iter()).filter_map(|(name, shape)| {
+        let path = name.strip_suffix(".weight").unwrap_or(name);
+        parameter_of(path)?;
+        let (experts, out_features, in_features) = match shape[..] {
+            [out, input] => (1, out, input),
+            [experts, out, input] => (experts, out, input),
+            _ => return None,
+        };
+        Some(Adaptable {
+            path: path.to_string(),
+            experts,
+            out_features,
+            in_features,
+        })
+    });
+    let linears = outline.linears.iter().map(|linear| Adaptable {
+        path: linear.path.clone(),
+        experts: 1,
+        out_features: linear.out_features,
+        in_features: linear.in_features,
+    });
+    linears.chain(parameters).collect()
 }
 
 /// How a family's files call a tensor of the model.

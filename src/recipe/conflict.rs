@@ -27,6 +27,7 @@ const FROM_PEFT: &[&str] = &[
     "adapter.rank_pattern",
     "adapter.alpha_pattern",
     "adapter.exclude_modules",
+    "adapter.target_parameters",
     "adapter.use_rslora",
     "adapter.use_dora",
     "adapter.bias",

@@ -240,6 +240,12 @@ pub static KNOBS: &[Knob] = &[
     )
     .elsewhere(&["lora_exclude_modules"]),
     Knob::new(
+        "adapter.target_parameters",
+        Kind::List(&Kind::Text, 1),
+        "null",
+        "Parameters that carry an adapter though they are no linear layer's, by the ends of their names: `[mlp.experts.gate_up_proj, mlp.experts.down_proj]` for experts, `[gate.weight]` for routers. `all-linear` chooses them where PEFT does.",
+    ),
+    Knob::new(
         "adapter.layers_to_transform",
         Kind::List(&Kind::Integer(0, 65_535), 1),
         "null",

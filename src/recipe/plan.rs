@@ -294,6 +294,8 @@ pub struct AdapterPlan {
     pub target_modules: TargetModules,
     /// Which of them do not after all.
     pub exclude_modules: Option<TargetModules>,
+    /// Parameters that carry an adapter though they are no linear layer's.
+    pub target_parameters: Option<Vec<String>>,
     /// Layer indices that carry adapters; all when `None`.
     pub layers_to_transform: Option<Vec<usize>>,
     /// Module pattern → rank, first match wins (order of the recipe).

@@ -5,6 +5,7 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 
 use crate::adapter::config::AdapterConfig;
+use crate::adapter::experts::converted;
 use crate::adapter::inject::{self, Init};
 use crate::adapter::peft::{self, AdapterWeights};
 use crate::adapter::target::{self, ModuleAdapter, Targeting};
@@ -150,8 +151,10 @@ fn choose_adapters(
             values: Some(values),
         });
     }
-    let targeting = Targeting::from(&plan.adapter);
-    let mut linear = names::linear_modules(config);
+    let targeting = findings.take(converted(&Targeting::from(&plan.adapter), config))?;
+    let mut linear: Vec<String> = (names::adaptable(config).into_iter())
+        .map(|layer| layer.path)
+        .collect();
     linear.push(names::HEAD.to_string());
     let mut modules = findings.take(target::select(&targeting, &linear))?;
     if modules.iter().any(|adapter| adapter.module == names::HEAD) {
@@ -166,6 +169,7 @@ fn choose_adapters(
     let adapter = AdapterConfig::new(&plan.base.model, revision, written, plan.adapter.dropout)
         .with_plan(&plan.adapter);
     check_saved(&adapter, config, findings);
+    check_experts(&adapter, &modules, findings);
     // What trains whole needs no delta; PEFT leaves it out too.
     modules.retain(|chosen| !adapter.saves(&chosen.module));
     Some(AdapterChoice {
@@ -173,6 +177,26 @@ fn choose_adapters(
         modules,
         values: None,
     })
+}
+
+/// What PEFT refuses for experts and routers, so that an adapter made so would not load there.
+fn check_experts(adapter: &AdapterConfig, chosen: &[ModuleAdapter], findings: &mut Findings) {
+    let is_parameter = |adapter: &&ModuleAdapter| names::parameter_of(&adapter.module).is_some();
+    let Some(first) = chosen.iter().find(is_parameter) else {
+        return;
+    };
+    for (on, knob, off) in [
+        (adapter.lora_dropout != 0.0, "adapter.dropout", "0"),
+        (adapter.use_dora, "adapter.use_dora", "false"),
+    ] {
+        if on {
+            findings.0.push(format!(
+                "{knob}: cannot be combined with an adapter on {} (nor can it in PEFT); set {knob} to \
+                 {off}, or leave experts and routers out of target_modules and target_parameters",
+                first.module
+            ));
+        }
+    }
 }
 
 /// A name of `modules_to_save` that no module has would train nothing and say nothing, as in PEFT.
