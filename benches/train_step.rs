@@ -56,6 +56,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         eps: 1e-8,
         weight_decay: 0.01,
         loraplus_lr_ratio: 1.0,
+        embedding_lr_ratio: 1.0,
     });
     let mut rates = Vec::new();
     for number in 0..args.steps {

@@ -23,21 +23,12 @@ use crate::reference::{
     tolerance, unpacked,
 };
 
-/// Reads an adapter; what it asks for beyond plain LoRA on linear layers is not supported yet.
+/// Reads an adapter; what lorafit has not is not supported yet.
 fn read_adapter(dir: &Path) -> Result<(AdapterConfig, AdapterWeights), Verdict> {
-    let tensors = Tensors::open(&dir.join("adapter_model.safetensors"));
     let config = AdapterConfig::load(dir).map_err(|error| match error {
         AdapterConfigError::Unsupported { .. } => not_yet(error),
         _ => failed(error),
     })?;
-    let strange = |name: &&str| {
-        names::parse_peft_key(name).is_some_and(|(module, _)| module == names::HEAD)
-            || name.contains("lora_embedding")
-    };
-    let file = tensors.file();
-    if let Some(name) = file.names().into_iter().find(strange) {
-        return Err(not_yet(format!("the adapter tensor {name}")));
-    }
     let (_, weights) = peft::read_adapter(dir).map_err(failed)?;
     Ok((config, weights))
 }
@@ -54,7 +45,14 @@ impl Hyper {
         if json["nf4_base"] == Value::Bool(true) {
             return Err(not_yet("a 4-bit base"));
         }
-        let known = ["lr", "betas", "eps", "weight_decay", "loraplus_lr_ratio"];
+        let known = [
+            "lr",
+            "betas",
+            "eps",
+            "weight_decay",
+            "loraplus_lr_ratio",
+            "loraplus_lr_embedding",
+        ];
         for key in json["optimizer"].as_object().expect("optimizer").keys() {
             if !known.contains(&key.as_str()) {
                 return Err(not_yet(format!("the optimizer's {key}")));
@@ -82,6 +80,12 @@ impl Hyper {
         ratio.and_then(Value::as_f64).unwrap_or(1.0)
     }
 
+    /// LoRA+'s learning rate of the embedding's adapter.
+    fn embedding_rate(&self) -> f64 {
+        let rate = self.json.pointer("/optimizer/loraplus_lr_embedding");
+        rate.and_then(Value::as_f64).unwrap_or(1e-6)
+    }
+
     fn optimizer(&self) -> AdamW {
         AdamW::new(AdamWConfig {
             beta1: self.number("/optimizer/betas/0"),
@@ -89,6 +93,10 @@ impl Hyper {
             eps: self.number("/optimizer/eps"),
             weight_decay: self.number("/optimizer/weight_decay"),
             loraplus_lr_ratio: self.ratio(),
+            embedding_lr_ratio: match self.ratio() == 1.0 {
+                true => 1.0,
+                false => self.embedding_rate() / self.number("/optimizer/lr"),
+            },
         })
     }
 
@@ -204,9 +212,10 @@ fn train(
             norm_tolerance,
         );
         for (group, want) in hyper.groups().zip(&rates[i * groups..(i + 1) * groups]) {
-            let rate = match group.starts_with('B') {
-                true => rate * hyper.ratio(),
-                false => rate,
+            let rate = match group {
+                "embedding" => rate * hyper.embedding_rate() / hyper.number("/optimizer/lr"),
+                group if group.starts_with('B') => rate * hyper.ratio(),
+                _ => rate,
             };
             let off = (rate - want).abs();
             figures.check("lr", &format!("lr[{i}]"), off, tolerance::LEARNING_RATE);
@@ -225,24 +234,52 @@ fn check_gradients(gradients: &Gradients, expected: &Tensors, figures: &mut Figu
     for (name, gradient) in gradients {
         let (module, field) = name.rsplit_once('.').expect("a tensor of a module");
         let kept = names::peft_module(module, |path| adapted.contains(path));
+        let swapped = module == names::EMBEDDING;
         let key = match field {
+            "lora_a" if swapped => names::peft_key(&kept, LoraHalf::B),
+            "lora_b" if swapped => names::peft_key(&kept, LoraHalf::A),
             "lora_a" => names::peft_key(&kept, LoraHalf::A),
             "lora_b" => names::peft_key(&kept, LoraHalf::B),
+            "lambda_d" => names::lambda_key(module, LoraHalf::A),
+            "lambda_b" => names::lambda_key(module, LoraHalf::B),
             "magnitude" => names::magnitude_key(module),
             _ => names::saved_key(name, adapted.contains(module)),
         };
         let want = expected.floats(&format!("grad0.{key}"));
-        let off = distance(&to_vec(gradient.clone()), &want);
+        let got = to_vec(gradient.clone());
+        let off = match swapped && field.starts_with("lora") {
+            // PEFT keeps the transposed delta's.
+            true => distance(
+                &transposed(&got, expected.shape(&format!("grad0.{key}"))[0]),
+                &want,
+            ),
+            false => distance(&got, &want),
+        };
         figures.check("gradient", &key, off, tolerance::GRADIENT);
     }
     let wanted = expected
         .file()
         .names()
         .iter()
-        .filter(|n| n.starts_with("grad0."))
+        // Frozen tensors that the file holds stand among the gradients.
+        .filter(|n| n.starts_with("grad0.") && !is_frozen(n))
         .count();
     let missing = wanted.abs_diff(gradients.len()) as f64;
     figures.check("gradients missing", "number of gradients", missing, 0.0);
+}
+
+/// Whether a tensor of an adapter's file does not train: wrapped embeddings, VeRA's projections.
+fn is_frozen(name: &str) -> bool {
+    let projections = LoraHalf::BOTH.map(names::projection_key);
+    name.ends_with("base_layer.weight") || projections.iter().any(|key| name.ends_with(key))
+}
+
+/// The transposed matrix, which has `rows` rows.
+fn transposed(values: &[f32], rows: usize) -> Vec<f32> {
+    let columns = values.len() / rows;
+    (0..values.len())
+        .map(|i| values[i % columns * rows + i / columns])
+        .collect()
 }
 
 fn check_final(model: &mut CausalLm, case: &Path, figures: &mut Figures) -> Result<(), Verdict> {
@@ -261,6 +298,23 @@ fn check_final(model: &mut CausalLm, case: &Path, figures: &mut Figures) -> Resu
         check(format!("{module} B"), &got.b, &want.b);
         if let (Some(got), Some(want)) = (&got.magnitude, &want.magnitude) {
             check(format!("{module} magnitude"), got, want);
+        }
+    }
+    if let (Some(got), Some(want)) = (&got.vera, &want.vera) {
+        if got.shared != want.shared || !got.lambdas.keys().eq(want.lambdas.keys()) {
+            return Err(failed("the projections differ"));
+        }
+        for (module, want) in &want.lambdas {
+            check(
+                format!("{module} lambda_d"),
+                &got.lambdas[module].d,
+                &want.d,
+            );
+            check(
+                format!("{module} lambda_b"),
+                &got.lambdas[module].b,
+                &want.b,
+            );
         }
     }
     for (name, want) in &want.saved {

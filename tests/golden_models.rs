@@ -76,7 +76,9 @@ fn check_forward(model: &CausalLm, expected: &Tensors, figures: &mut Figures) {
     );
     let targets = shifted(&ids, tokens);
     let count = targets.iter().filter(|&&t| t >= 0).count() as f64;
-    let loss = model.loss_sum(hidden, targets).mul_scalar(1.0 / count);
+    let loss = model
+        .loss_sum(hidden, targets, None)
+        .mul_scalar(1.0 / count);
     let got = scalar(loss.clone().inner());
     figures.check(
         "loss",

@@ -120,6 +120,7 @@ fn train(model: &mut CausalLm, batch: &Batch, steps: usize) -> Vec<f64> {
         eps: 1e-8,
         weight_decay: 0.01,
         loraplus_lr_ratio: 1.0,
+        embedding_lr_ratio: 1.0,
     });
     let mut losses = Vec::new();
     for _ in 0..steps {

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use lorafit::adapter::peft::{AdapterConfig, AdapterWeights, fit, read_adapter};
 use lorafit::adapter::target::{ALL_LINEAR, Targeting, as_written, select};
+use lorafit::adapter::vera::VeraWeights;
 use lorafit::export::peft::{ModelCard, write_adapter};
 use lorafit::export::safetensors::{TensorInfo, f32_bytes, write_safetensors};
 use lorafit::model::config::ModelConfig;
@@ -156,16 +157,20 @@ fn pefts_adapters_load_and_fit_their_base() {
 }
 
 #[test]
-fn other_methods_are_refused_by_name() {
-    for (name, part) in [
-        ("vera", "peft_type: \"VERA\""),
-        ("embedding_lora", "lora_embedding_A"),
-    ] {
-        let error = read_adapter(&case(name).join("adapter_init"))
-            .unwrap_err()
-            .to_string();
-        assert!(error.contains(part), "{name}: {error}");
-    }
+fn veras_projections_are_pefts_bit_for_bit() {
+    let dir = case("vera").join("adapter_init");
+    let (config, AdapterWeights { vera, .. }) = read_adapter(&dir).unwrap();
+    let (settings, vera) = (config.vera.unwrap(), vera.unwrap());
+    assert_eq!(
+        config.to_json(),
+        json_file(&dir.join("adapter_config.json"))
+    );
+    let drawn_anew = VeraWeights {
+        shared: None,
+        lambdas: vera.lambdas.clone(),
+    };
+    let drawn = drawn_anew.projections(&settings, &linears());
+    assert_eq!(Some(drawn), vera.shared);
 }
 
 #[test]

@@ -1,7 +1,7 @@
-//! `adapter_config.json`, as PEFT 0.21 writes it for LoRA.
+//! `adapter_config.json`, as PEFT 0.21 writes it for LoRA and VeRA.
 //!
 //! Files of older versions lack keys, which then have PEFT's defaults; keys that only newer
-//! versions know are kept. What lorafit does not do (VeRA, experts, new tokens, …) is refused by
+//! versions know are kept. What lorafit does not do (activated LoRA, BD-LoRA, …) is refused by
 //! name, all of it in one error, because ignoring it would give another model than PEFT's.
 
 use std::path::{Path, PathBuf};
@@ -10,6 +10,7 @@ use serde_json::{Map, Value, json};
 
 use super::config_read::Reader;
 use super::target::Targeting;
+use super::vera::{self, VeraConfig};
 pub use crate::recipe::plan::TrainedBias;
 use crate::recipe::plan::{AdapterPlan, TargetModules};
 
@@ -75,6 +76,8 @@ pub struct AdapterConfig {
     pub lora_dropout: f64,
     /// Whether the rows of adapted weights have lengths of their own (DoRA, arXiv 2402.09353).
     pub use_dora: bool,
+    /// Set where the adapter is VeRA's, whose deltas have no scaling.
+    pub vera: Option<VeraConfig>,
     /// Which biases train.
     pub bias: TrainedBias,
     /// Whether `target_parameters` is an empty list in the file, not `null`.
@@ -102,7 +105,7 @@ fn inert_keys() -> [(&'static str, Value); 8] {
 }
 
 /// Keys of features that are not implemented, with the value that leaves them off.
-fn unsupported_keys() -> [(&'static str, Value); 14] {
+fn unsupported_keys() -> [(&'static str, Value); 13] {
     [
         ("alora_invocation_tokens", Value::Null),
         ("arrow_config", Value::Null),
@@ -117,7 +120,6 @@ fn unsupported_keys() -> [(&'static str, Value); 14] {
         ("use_bdlora", Value::Null),
         ("use_qalora", json!(false)),
         ("velora_config", Value::Null),
-        ("peft_type", json!("LORA")),
     ]
 }
 
@@ -139,6 +141,7 @@ impl AdapterConfig {
             targeting,
             lora_dropout: dropout,
             use_dora: false,
+            vera: None,
             lists_no_parameters: false,
             bias: TrainedBias::None,
             modules_to_save: Vec::new(),
@@ -214,6 +217,7 @@ impl AdapterConfig {
             ),
             ("revision", json!(self.revision)),
             ("task_type", json!(self.task_type)),
+            ("peft_type", json!("LORA")),
             ("peft_version", json!(PEFT_VERSION)),
             ("init_lora_weights", self.init_lora_weights.clone()),
             ("lora_dropout", json!(self.lora_dropout)),
@@ -266,6 +270,13 @@ impl AdapterConfig {
             ),
         ];
         json.extend(own.map(|(key, value)| (key.to_owned(), value)));
+        if let Some(vera) = &self.vera {
+            json.retain(|key, _| vera::SHARED_KEYS.contains(&key.as_str()));
+            json.extend(vera.keys(self.lora_dropout));
+            if self.bias == TrainedBias::LoraOnly {
+                json["bias"] = json!("vera_only");
+            }
+        }
         json.extend(self.unknown.clone());
         json.sort_keys();
         Value::Object(json)
@@ -310,6 +321,11 @@ fn unsupported(json: &Map<String, Value>) -> Vec<String> {
         })
         .map(|(key, value)| format!("{key}: {value}"))
         .collect();
+    match json.get("peft_type") {
+        None | Some(Value::Null) => {}
+        Some(Value::String(kind)) if ["LORA", "VERA"].contains(&kind.as_str()) => {}
+        Some(other) => found.push(format!("peft_type: {other}")),
+    }
     match json.get("init_lora_weights") {
         None | Some(Value::Null | Value::Bool(_)) => {}
         Some(Value::String(s)) if KNOWN_INIT.contains(&s.as_str()) => {}
@@ -359,9 +375,9 @@ mod tests {
         }
         assert!(!error.contains("target_parameters"), "{error}");
         assert!(
-            parse(r#"{"peft_type": "VERA"}"#)
+            parse(r#"{"peft_type": "IA3"}"#)
                 .unwrap_err()
-                .contains("peft_type: \"VERA\"")
+                .contains("peft_type: \"IA3\"")
         );
     }
 

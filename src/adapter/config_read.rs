@@ -4,7 +4,8 @@ use serde_json::{Map, Value, json};
 
 use super::config::AdapterConfig;
 use super::target::Targeting;
-use crate::recipe::plan::TargetModules;
+use super::vera::VeraConfig;
+use crate::recipe::plan::{TargetModules, TrainedBias};
 
 /// Takes values out of the JSON object and collects what is wrong with them.
 pub(super) struct Reader<'a> {
@@ -25,8 +26,9 @@ impl<'a> Reader<'a> {
     pub(super) fn config(&mut self) -> Option<AdapterConfig> {
         if self.json.get("peft_type").is_none_or(Value::is_null) {
             self.faults
-                .push("peft_type is missing; expected \"LORA\"".to_owned());
+                .push("peft_type is missing; expected \"LORA\" or \"VERA\"".to_owned());
         }
+        let vera = self.vera();
         let targets = self.modules("target_modules");
         let parameters = self
             .json
@@ -39,17 +41,23 @@ impl<'a> Reader<'a> {
             self.faults
                 .push("target_modules is missing; expected names or a pattern".to_owned());
         }
+        let rank = self
+            .get("r", "a whole number from 1", positive)
+            .unwrap_or(if vera.is_some() { 256 } else { 8 });
+        let dropout = ["lora_dropout", "vera_dropout"][usize::from(vera.is_some())];
         let targeting = Targeting {
             target_modules: targets.unwrap_or(TargetModules::Names(Vec::new())),
             exclude_modules: self.modules("exclude_modules"),
             layers_to_transform: self.layers(),
             layers_pattern: self.strings("layers_pattern").unwrap_or_default(),
-            rank: self
-                .get("r", "a whole number from 1", positive)
-                .unwrap_or(8),
-            alpha: self
-                .get("lora_alpha", "a number", Value::as_f64)
-                .unwrap_or(8.0),
+            rank,
+            // VeRA has no scaling.
+            alpha: match vera.is_some() {
+                true => rank as f64,
+                false => self
+                    .get("lora_alpha", "a number", Value::as_f64)
+                    .unwrap_or(8.0),
+            },
             rank_pattern: self.patterns("rank_pattern", "a whole number from 1", positive),
             alpha_pattern: self.patterns("alpha_pattern", "a number", Value::as_f64),
             use_rslora: self
@@ -62,16 +70,16 @@ impl<'a> Reader<'a> {
             revision: self.string("revision"),
             task_type: self.string("task_type"),
             targeting,
-            lora_dropout: self
-                .get("lora_dropout", "a number", Value::as_f64)
-                .unwrap_or(0.0),
+            lora_dropout: self.get(dropout, "a number", Value::as_f64).unwrap_or(0.0),
             use_dora: self
                 .get("use_dora", "true or false", Value::as_bool)
                 .unwrap_or(false),
+            vera,
             lists_no_parameters: self.json.get("target_parameters") == Some(&json!([])),
             bias: self
-                .get("bias", "none, all or lora_only", |value| {
-                    serde_json::from_value(value.clone()).ok()
+                .get("bias", "none, all or lora_only", |value| match value {
+                    Value::String(only) if only == "vera_only" => Some(TrainedBias::LoraOnly),
+                    value => serde_json::from_value(value.clone()).ok(),
                 })
                 .unwrap_or_default(),
             modules_to_save: self.strings("modules_to_save").unwrap_or_default(),
@@ -88,6 +96,23 @@ impl<'a> Reader<'a> {
             .map(|(key, value)| (key.clone(), value.clone()))
             .collect();
         Some(AdapterConfig { unknown, ..config })
+    }
+
+    /// VeRA's own keys, if the adapter is one.
+    fn vera(&mut self) -> Option<VeraConfig> {
+        self.json.get("peft_type").filter(|kind| **kind == "VERA")?;
+        let d = VeraConfig::new(0);
+        Some(VeraConfig {
+            projection_prng_key: self
+                .get("projection_prng_key", "a whole number", Value::as_u64)
+                .unwrap_or(d.projection_prng_key),
+            save_projection: self
+                .get("save_projection", "true or false", Value::as_bool)
+                .unwrap_or(d.save_projection),
+            d_initial: self
+                .get("d_initial", "a number", Value::as_f64)
+                .unwrap_or(d.d_initial),
+        })
     }
 
     /// The value under `key`; `None` where it is missing, `null` or wrong.

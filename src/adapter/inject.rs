@@ -7,10 +7,11 @@ use burn::tensor::{Device, Tensor, TensorData};
 use super::config::{AdapterConfig, TrainedBias};
 use super::peft::{AdapterWeights, LoraPair, Saved};
 use super::target::ModuleAdapter;
+use super::vera::{self, VeraConfig, VeraWeights};
 use crate::device::to_vec;
 use crate::model::{CausalLm, names};
 use crate::nn::lora_linear::row_squares;
-use crate::nn::{ExpertDelta, LoraDelta, LoraLinear, Magnitude, Parameter};
+use crate::nn::{ExpertDelta, Lambdas, LoraDelta, Magnitude, Parameter};
 use crate::random::Stream;
 
 /// The first values of adapters.
@@ -38,14 +39,22 @@ pub fn inject(
         .enumerate()
         .map(|(i, adapter)| (adapter.module.as_str(), (i, adapter)))
         .collect();
-    for (path, linear) in model.linears() {
+    if let Some(vera) = &config.vera {
+        inject_vera(model, (config, vera), &by_module, init);
+        train_whole(model, config, &by_module, init);
+        return;
+    }
+    for (path, weight, delta) in model.deltas() {
         let Some(&(index, adapter)) = by_module.get(path.as_str()) else {
             continue;
         };
         let pair = match init {
             Init::Fresh { seed } => {
                 let stream = Stream::new(*seed).split(0xA).split(index as u64);
-                fresh(linear.weight.dims(), adapter.rank, stream)
+                match path == names::EMBEDDING {
+                    true => fresh_embedding(weight.dims(), adapter.rank, stream),
+                    false => fresh(weight.dims(), adapter.rank, stream),
+                }
             }
             Init::Loaded(loaded) => match loaded.pairs.get(&path) {
                 Some(pair) => pair.clone(),
@@ -57,16 +66,78 @@ pub fn inject(
             lora_b: leaf(pair.b, pair.b_shape, &device),
             scaling: adapter.scaling,
             magnitude: None,
+            lambdas: None,
             dropout: config.lora_dropout,
             module: index as u64,
         };
         if config.use_dora {
-            lora.magnitude = Some(magnitude(linear, &lora, pair.magnitude));
+            lora.magnitude = Some(match path == names::EMBEDDING {
+                true => magnitude(&weight.transpose(), &lora.transposed(), pair.magnitude),
+                false => magnitude(&weight, &lora, pair.magnitude),
+            });
         }
-        linear.lora = Some(lora);
+        *delta = Some(lora);
     }
     inject_experts(model, config, &by_module, init);
     train_whole(model, config, &by_module, init);
+}
+
+/// Gives the chosen layers VeRA's deltas, which share their factors.
+fn inject_vera(
+    model: &mut CausalLm,
+    (config, settings): (&AdapterConfig, &VeraConfig),
+    adapted: &BTreeMap<&str, (usize, &ModuleAdapter)>,
+    init: &Init,
+) {
+    let device = model.device().clone();
+    let layers = names::adaptable(model.config());
+    let rank = config.targeting.rank;
+    let loaded = match init {
+        Init::Loaded(AdapterWeights { vera, .. }) => vera.as_ref(),
+        Init::Fresh { .. } => None,
+    };
+    let shared = match loaded {
+        Some(loaded) => loaded.projections(settings, &layers),
+        None => {
+            let chosen = layers
+                .iter()
+                .filter(|l| adapted.contains_key(l.path.as_str()));
+            vera::projections(settings.projection_prng_key, rank, chosen)
+        }
+    };
+    let frozen = |values, shape| Tensor::<2>::from_data(TensorData::new(values, shape), &device);
+    let lora_a: Tensor<2> = frozen(shared.a, shared.a_shape);
+    let lora_b: Tensor<2> = frozen(shared.b, shared.b_shape);
+    let vector = |values: Vec<f32>| {
+        let n = values.len();
+        Tensor::<1>::from_data(TensorData::new(values, [n]), &device)
+            .autodiff()
+            .require_grad()
+    };
+    for (path, weight, delta) in model.deltas() {
+        let Some(&(index, adapter)) = adapted.get(path.as_str()) else {
+            continue;
+        };
+        let [out, in_features] = weight.dims();
+        let first = loaded.and_then(|loaded| loaded.lambdas.get(&path).cloned());
+        let first = first.unwrap_or_else(|| vera::Lambdas {
+            d: vec![settings.d_initial as f32; rank],
+            b: vec![0.0; out],
+        });
+        *delta = Some(LoraDelta {
+            lora_a: lora_a.clone(),
+            lora_b: lora_b.clone(),
+            scaling: adapter.scaling,
+            magnitude: None,
+            lambdas: Some(Lambdas {
+                d: vector(first.d),
+                b: vector(first.b),
+                in_features,
+            }),
+            dropout: config.lora_dropout,
+            module: index as u64,
+        });
+    }
 }
 
 /// Gives the chosen experts' layers their deltas.
@@ -124,16 +195,31 @@ fn fresh([out, input]: [usize; 2], rank: usize, stream: Stream) -> LoraPair {
     }
 }
 
+/// The first values of an embedding's delta: B zero and A normal, as in PEFT, whose A and B are this B
+/// and A transposed.
+fn fresh_embedding([tokens, width]: [usize; 2], rank: usize, stream: Stream) -> LoraPair {
+    let a = (0..(rank * width) as u64)
+        .map(|i| stream.normal(i) as f32)
+        .collect();
+    LoraPair {
+        a,
+        a_shape: [rank, width],
+        b: vec![0f32; tokens * rank],
+        b_shape: [tokens, rank],
+        magnitude: None,
+    }
+}
+
 /// The magnitudes of a layer: as loaded, else the lengths that the rows have, so that nothing
 /// changes at first.
-fn magnitude(linear: &LoraLinear, lora: &LoraDelta, loaded: Option<Vec<f32>>) -> Magnitude {
-    let squares = row_squares(&linear.weight);
+fn magnitude(weight: &Tensor<2>, lora: &LoraDelta, loaded: Option<Vec<f32>>) -> Magnitude {
+    let squares = row_squares(weight);
     let vector = match loaded {
         Some(values) => {
             let n = values.len();
             Tensor::<1>::from_data(TensorData::new(values, [n]), &squares.device())
         }
-        None => lora.row_norms(&linear.weight, &squares),
+        None => lora.row_norms(weight, &squares),
     };
     Magnitude {
         vector: vector.autodiff().require_grad(),
@@ -183,38 +269,28 @@ pub fn train_all(model: &mut CausalLm) {
 
 /// The adapter's current values.
 pub fn extract(model: &mut CausalLm) -> AdapterWeights {
-    let values = |mut tensor: Tensor<2>| {
-        let shape = tensor.dims();
-        (to_vec(Parameter::Matrix(&mut tensor).flat()), shape)
-    };
     let mut adapter = AdapterWeights::default();
-    for (path, linear) in model.linears() {
-        if let Some(lora) = &mut linear.lora {
-            let (a, a_shape) = values(lora.lora_a.clone());
-            let (b, b_shape) = values(lora.lora_b.clone());
-            let magnitude =
+    for (path, _, delta) in model.deltas() {
+        if let Some(lora) = delta {
+            if let Some(lambdas) = &mut lora.lambdas {
+                let vector = |x: &mut Tensor<1>| to_vec(Parameter::Vector(x).flat());
+                let (d, b) = (vector(&mut lambdas.d), vector(&mut lambdas.b));
+                let vera = adapter.vera.get_or_insert_with(|| VeraWeights {
+                    shared: Some(pair_of(&lora.lora_a, &lora.lora_b)),
+                    lambdas: BTreeMap::new(),
+                });
+                vera.lambdas.insert(path, vera::Lambdas { d, b });
+                continue;
+            }
+            let mut pair = pair_of(&lora.lora_a, &lora.lora_b);
+            pair.magnitude =
                 (lora.magnitude.as_mut()).map(|m| to_vec(Parameter::Vector(&mut m.vector).flat()));
-            let pair = LoraPair {
-                a,
-                a_shape,
-                b,
-                b_shape,
-                magnitude,
-            };
             adapter.pairs.insert(path, pair);
         }
     }
     for (path, layer) in model.experts() {
         if let Some(lora) = &layer.lora {
-            let (a, a_shape) = values(lora.lora_a.clone());
-            let (b, b_shape) = values(lora.lora_b.clone());
-            let pair = LoraPair {
-                a,
-                a_shape,
-                b,
-                b_shape,
-                magnitude: None,
-            };
+            let pair = pair_of(&lora.lora_a, &lora.lora_b);
             adapter.pairs.insert(path, pair);
         }
     }
@@ -228,4 +304,16 @@ pub fn extract(model: &mut CausalLm) -> AdapterWeights {
         }
     });
     adapter
+}
+
+/// The values of two factors.
+fn pair_of(a: &Tensor<2>, b: &Tensor<2>) -> LoraPair {
+    let values = |x: &Tensor<2>| to_vec(Parameter::Matrix(&mut x.clone()).flat());
+    LoraPair {
+        a: values(a),
+        a_shape: a.dims(),
+        b: values(b),
+        b_shape: b.dims(),
+        magnitude: None,
+    }
 }

@@ -2,7 +2,7 @@
 
 use rayon::prelude::*;
 
-use super::peft::LoraPair;
+use super::peft::{LoraPair, transposed};
 
 /// Elements of the delta that one thread holds at a time (256 KiB, so that it stays in cache).
 const CHUNK: usize = 1 << 16;
@@ -73,6 +73,18 @@ pub fn merge_into(w: &mut [f32], pair: &LoraPair, scaling: f64) -> DeltaSize {
         merge_rows(w, &pair.a, b, (rank, inputs), scaling as f32, lengths)
     })
     .reduce(DeltaSize::default, DeltaSize::and)
+}
+
+/// [`merge_into`] for an embedding, in which it is the columns to which DoRA gives their lengths.
+pub fn merge_into_embedding(w: &mut [f32], pair: &LoraPair, scaling: f64) -> DeltaSize {
+    if pair.magnitude.is_none() {
+        return merge_into(w, pair, scaling);
+    }
+    let (tokens, width) = (pair.b_shape[0], pair.a_shape[1]);
+    let mut turned = transposed(w, [tokens, width]);
+    let size = merge_into(&mut turned, &pair.transposed(), scaling);
+    w.copy_from_slice(&transposed(&turned, [width, tokens]));
+    size
 }
 
 /// Puts `new` in place of a tensor's values; returns the size of the difference.

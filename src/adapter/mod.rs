@@ -12,3 +12,4 @@ pub mod peft;
 pub mod target;
 mod target_fault;
 mod target_written;
+pub mod vera;

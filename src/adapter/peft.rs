@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 pub use super::config::{AdapterConfig, AdapterConfigError, CONFIG_FILE, TrainedBias};
 use super::target::{Matcher, ModuleAdapter, TargetError};
+use super::vera::{Lambdas, VeraWeights};
 use crate::model::config::ModelConfig;
 use crate::model::names::{self, Adaptable, LoraHalf, PeftTensor};
 use crate::model::weights::{Weights, WeightsError};
@@ -100,21 +101,23 @@ pub struct LoraPair {
 impl LoraPair {
     /// The delta of the transposed weight: `(B·A)ᵀ = Aᵀ·Bᵀ`.
     pub fn transposed(&self) -> Self {
-        let transpose = |values: &[f32], [rows, cols]: [usize; 2]| -> Vec<f32> {
-            let columns = 0..cols;
-            columns
-                .flat_map(|col| (0..rows).map(move |row| values[row * cols + col]))
-                .collect()
-        };
         let ([rank, input], [out, _]) = (self.a_shape, self.b_shape);
         Self {
-            a: transpose(&self.b, self.b_shape),
+            a: transposed(&self.b, self.b_shape),
             a_shape: [rank, out],
-            b: transpose(&self.a, self.a_shape),
+            b: transposed(&self.a, self.a_shape),
             b_shape: [input, rank],
             magnitude: self.magnitude.clone(),
         }
     }
+}
+
+/// A matrix, row-major, with rows and columns exchanged.
+pub(super) fn transposed(values: &[f32], [rows, cols]: [usize; 2]) -> Vec<f32> {
+    let columns = 0..cols;
+    columns
+        .flat_map(|col| (0..rows).map(move |row| values[row * cols + col]))
+        .collect()
 }
 
 /// Everything that an adapter's file holds, in f32.
@@ -124,17 +127,43 @@ pub struct AdapterWeights {
     pub pairs: BTreeMap<String, LoraPair>,
     /// Tensors of the base that trained whole, by name.
     pub saved: BTreeMap<String, Saved>,
+    /// VeRA's vectors and projections, in place of `pairs`.
+    pub vera: Option<VeraWeights>,
 }
 
 impl AdapterWeights {
-    /// How many numbers it holds.
+    /// How many modules it adapts.
+    pub fn modules(&self) -> usize {
+        let vera = self.vera.as_ref();
+        self.pairs.len() + vera.map_or(0, |vera| vera.lambdas.len())
+    }
+
+    /// The same with VeRA's deltas as LoRA's, whose scaling is 1.
+    pub fn with_plain_pairs(mut self, config: &AdapterConfig, layers: &[Adaptable]) -> Self {
+        let (Some(vera), Some(settings)) = (self.vera.take(), &config.vera) else {
+            return self;
+        };
+        let shared = vera.projections(settings, layers);
+        for layer in layers {
+            if let Some(lambdas) = vera.lambdas.get(&layer.path) {
+                let pair = VeraWeights::pair(lambdas, &shared, layer.in_features);
+                self.pairs.insert(layer.path.clone(), pair);
+            }
+        }
+        self
+    }
+
+    /// How many trained numbers it holds.
     pub fn parameters(&self) -> usize {
         let pairs = self.pairs.values().map(|pair| {
             let magnitudes = pair.magnitude.as_ref().map_or(0, Vec::len);
             pair.a.len() + pair.b.len() + magnitudes
         });
         let saved = self.saved.values().map(|saved| saved.values.len());
-        pairs.chain(saved).sum()
+        let lambdas = (self.vera.iter())
+            .flat_map(|vera| vera.lambdas.values())
+            .map(|lambdas| lambdas.b.len() + lambdas.d.len());
+        pairs.chain(saved).chain(lambdas).sum()
     }
 }
 
@@ -170,9 +199,21 @@ pub fn read_adapter(dir: &Path) -> Result<(AdapterConfig, AdapterWeights), PeftE
     }
     let weights = Weights::open(&path)?;
     let mut faults = Vec::new();
-    let found = Found::new(&weights, &config, &matcher, &mut faults);
+    let mut found = Found::new(&weights, &config, &matcher, &mut faults);
     for (module, key) in &found.modules {
-        check_module(&weights, &matcher, &config, (module, key), &mut faults);
+        if !matcher.selects(module) {
+            faults.push(format!(
+                "{module}: has tensors, but the configuration does not choose it"
+            ));
+        }
+        let rank = matcher.adapter(module).rank;
+        match config.vera.is_some() {
+            true => check_lambdas(&weights, rank, key, &mut faults),
+            false => check_module(&weights, rank, &config, (module, key), &mut faults),
+        }
+    }
+    if config.vera.is_some() {
+        check_projections(&weights, &config, &mut faults);
     }
     if found.modules.is_empty() && faults.is_empty() {
         faults.push("no tensors".to_owned());
@@ -185,6 +226,10 @@ pub fn read_adapter(dir: &Path) -> Result<(AdapterConfig, AdapterWeights), PeftE
         });
     }
     let mut read = AdapterWeights::default();
+    if config.vera.is_some() {
+        read.vera = Some(read_vera(&weights, &found.modules)?);
+        found.modules.clear();
+    }
     for (module, key) in found.modules {
         let pair = read_pair(&weights, &key, config.use_dora)?;
         read.pairs.insert(module, pair);
@@ -237,7 +282,7 @@ impl Found {
         };
         for key in weights.names() {
             match names::parse_peft_tensor(key) {
-                Some(PeftTensor::Half(module, _)) => {
+                Some(PeftTensor::Half(module, _)) if config.vera.is_none() => {
                     let path = names::delta_path(&module, |path| matcher.selects(path));
                     found.modules.insert(path, module);
                 }
@@ -245,6 +290,10 @@ impl Found {
                 Some(PeftTensor::Saved(name)) if trains(config, &name) => {
                     found.saved.insert(name, key.to_owned());
                 }
+                Some(PeftTensor::Lambda(module, _)) if config.vera.is_some() => {
+                    found.modules.insert(module.clone(), module);
+                }
+                Some(PeftTensor::Projection(_)) if config.vera.is_some() => {}
                 Some(PeftTensor::Frozen) => {}
                 _ => faults.push(format!(
                     "{key}: not a lora_A or lora_B of a linear layer, nor anything else that \
@@ -264,17 +313,11 @@ fn trains(config: &AdapterConfig, name: &str) -> bool {
 
 fn check_module(
     weights: &Weights,
-    matcher: &Matcher,
+    rank: usize,
     config: &AdapterConfig,
     (module, key_module): (&str, &str),
     faults: &mut Vec<String>,
 ) {
-    if !matcher.selects(module) {
-        faults.push(format!(
-            "{module}: has tensors, but the configuration does not choose it"
-        ));
-    }
-    let rank = matcher.adapter(module).rank;
     let shape = |half| weights.shape(&names::peft_key(key_module, half));
     // All experts' deltas lie in one pair, whose rank is theirs together.
     let experts = match shape(LoraHalf::A) {
@@ -321,7 +364,7 @@ fn read_pair(weights: &Weights, module: &str, dora: bool) -> Result<LoraPair, Pe
     };
     let (a, a_shape) = read(LoraHalf::A)?;
     let (b, b_shape) = read(LoraHalf::B)?;
-    Ok(LoraPair {
+    let pair = LoraPair {
         a,
         a_shape,
         b,
@@ -330,7 +373,66 @@ fn read_pair(weights: &Weights, module: &str, dora: bool) -> Result<LoraPair, Pe
             true => Some(weights.read_f32(&names::magnitude_key(module))?),
             false => None,
         },
+    };
+    Ok(match module == names::EMBEDDING {
+        true => pair.transposed(),
+        false => pair,
     })
+}
+
+/// VeRA's vectors of a module: λ_d `[R]`, λ_b `[out]`.
+fn check_lambdas(weights: &Weights, rank: usize, module: &str, faults: &mut Vec<String>) {
+    for half in LoraHalf::BOTH {
+        let key = names::lambda_key(module, half);
+        match (half, weights.shape(&key)) {
+            (LoraHalf::A, Some(&[n])) if n == rank => {}
+            (LoraHalf::B, Some(&[_])) => {}
+            (LoraHalf::A, found) => {
+                faults.push(format!("{key}: expected [{rank}], found {found:?}"));
+            }
+            (LoraHalf::B, found) => faults.push(format!("{key}: expected [out], found {found:?}")),
+        }
+    }
+}
+
+/// VeRA's projections, A `[R, in]` and B `[out, R]`, which the file may lack.
+fn check_projections(weights: &Weights, config: &AdapterConfig, faults: &mut Vec<String>) {
+    let rank = config.targeting.rank;
+    let saved = config.vera.is_some_and(|vera| vera.save_projection);
+    for half in LoraHalf::BOTH {
+        let key = names::projection_key(half);
+        match (half, weights.shape(key)) {
+            (_, None) if !saved => {}
+            (LoraHalf::A, Some(&[r, _])) | (LoraHalf::B, Some(&[_, r])) if r == rank => {}
+            (_, found) => faults.push(format!(
+                "{key}: expected a matrix of rank {rank}, found {found:?}"
+            )),
+        }
+    }
+}
+
+fn read_vera(
+    weights: &Weights,
+    modules: &BTreeMap<String, String>,
+) -> Result<VeraWeights, PeftError> {
+    let mut lambdas = BTreeMap::new();
+    for module in modules.keys() {
+        let read = |half| weights.read_f32(&names::lambda_key(module, half));
+        let (d, b) = (read(LoraHalf::A)?, read(LoraHalf::B)?);
+        lambdas.insert(module.clone(), Lambdas { d, b });
+    }
+    let [a, b] = LoraHalf::BOTH.map(names::projection_key);
+    let shared = match (weights.shape(a), weights.shape(b)) {
+        (Some(&[rank, input]), Some(&[out, _])) => Some(LoraPair {
+            a: weights.read_f32(a)?,
+            a_shape: [rank, input],
+            b: weights.read_f32(b)?,
+            b_shape: [out, rank],
+            magnitude: None,
+        }),
+        _ => None,
+    };
+    Ok(VeraWeights { shared, lambdas })
 }
 
 /// [`fit`] to the linear layers of a model, and the tensors that trained whole to its tensors.
@@ -343,7 +445,11 @@ pub fn fit_model(
     adapter: &AdapterWeights,
     model: &ModelConfig,
 ) -> Result<Vec<ModuleAdapter>, PeftError> {
-    let modules = fit(dir, config, &adapter.pairs, &names::adaptable(model))?;
+    let layers = names::adaptable(model);
+    let modules = match &adapter.vera {
+        Some(vera) => fit_vera(dir, config, vera, &layers)?,
+        None => fit(dir, config, &adapter.pairs, &layers)?,
+    };
     let head = (
         format!("{}.weight", names::HEAD),
         vec![model.vocab_size, model.hidden_size],
@@ -369,6 +475,31 @@ pub fn fit_model(
             faults,
         }),
     }
+}
+
+/// [`fit`] for VeRA.
+fn fit_vera(
+    dir: &Path,
+    config: &AdapterConfig,
+    vera: &VeraWeights,
+    layers: &[Adaptable],
+) -> Result<Vec<ModuleAdapter>, PeftError> {
+    // The vectors with the projections' widths stand for the factors that they scale.
+    let widest = vera.shared.as_ref().map(|s| [s.b_shape[0], s.a_shape[1]]);
+    let factors = |(module, lambdas): (&String, &Lambdas)| {
+        let layer = layers.iter().find(|layer| layer.path == *module)?;
+        let [out, input] = widest.unwrap_or([layer.out_features, layer.in_features]);
+        let pair = LoraPair {
+            a: Vec::new(),
+            a_shape: [lambdas.d.len(), layer.in_features.min(input)],
+            b: Vec::new(),
+            b_shape: [lambdas.b.len().min(out), lambdas.d.len()],
+            magnitude: None,
+        };
+        Some((module.clone(), pair))
+    };
+    let pairs = vera.lambdas.iter().filter_map(factors).collect();
+    fit(dir, config, &pairs, layers)
 }
 
 /// Checks an adapter against the base model's layers and

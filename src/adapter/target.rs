@@ -139,7 +139,7 @@ impl Rule {
 
     pub(super) fn matches(&self, module: &str) -> bool {
         match self {
-            Self::AllLinear => !ends_with(module, names::HEAD),
+            Self::AllLinear => ![names::HEAD, names::EMBEDDING].contains(&module),
             Self::Whole(regex) => regex.is_match(module),
             Self::Ends(names) => names.iter().any(|name| ends_with(module, name)),
         }

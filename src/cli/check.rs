@@ -15,7 +15,7 @@ use crate::device;
 use crate::export::write::is_taken;
 use crate::model::{names, weights};
 use crate::recipe::{AdapterMethod, Packing, Plan, load};
-use crate::train::prepare::{self, PrepareError, Prepared};
+use crate::train::prepare::{self, AdapterChoice, PrepareError, Prepared};
 
 /// Checks recipe, base model, data, adapters, device and run directory.
 ///
@@ -157,13 +157,22 @@ fn summarise(prepared: &Prepared, device: String) -> Summary<'_> {
     }
 }
 
-/// Numbers in the adapters: `E · R · (in + out)` for each; `None` where all weights train.
+/// Numbers that train in the adapters: `E · R · (in + out)` for each, `R + out` for VeRA's; `None` where all weights train.
 fn adapter_parameters(prepared: &Prepared) -> Option<usize> {
     let layers = names::adaptable(&prepared.config);
-    let modules = &prepared.adapter.as_ref()?.modules;
+    let AdapterChoice {
+        modules, config, ..
+    } = prepared.adapter.as_ref()?;
     let sizes = modules.iter().filter_map(|adapter| {
         let layer = layers.iter().find(|layer| layer.path == adapter.module)?;
-        Some(adapter.rank * layer.experts * (layer.in_features + layer.out_features))
+        Some(match config.vera {
+            Some(_) => adapter.rank + layer.out_features,
+            None => {
+                let lengths = usize::from(config.use_dora) * layer.out_features;
+                let width = layer.in_features + layer.out_features;
+                adapter.rank * layer.experts * width + lengths
+            }
+        })
     });
     Some(sizes.sum())
 }
@@ -204,7 +213,9 @@ fn lines(summary: &Summary) -> Vec<(&'static str, String)> {
         data.longest
     );
     let trains_line = match summary.method {
-        AdapterMethod::Lora => format!("{trained} parameters in {} adapters", summary.adapters),
+        AdapterMethod::Lora | AdapterMethod::Vera => {
+            format!("{trained} parameters in {} adapters", summary.adapters)
+        }
         AdapterMethod::Full => format!("all {trained} parameters"),
     };
     let steps_line = match summary.steps_per_epoch {

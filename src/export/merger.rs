@@ -11,7 +11,7 @@ use super::merged::{MergeError, MergeJob, MergeReport, MergedModule};
 use super::model::{SaveDtype, Written};
 use super::safetensors::TensorInfo;
 use crate::adapter::experts;
-use crate::adapter::merge::{DeltaSize, merge_into, replace};
+use crate::adapter::merge::{DeltaSize, merge_into, merge_into_embedding, replace};
 use crate::adapter::peft::{AdapterConfig, AdapterWeights, LoraPair, Saved, fit_model};
 use crate::adapter::target::ModuleAdapter;
 use crate::model::config::ModelConfig;
@@ -33,10 +33,11 @@ enum Change {
 const HEAD: &str = "lm_head.weight";
 const EMBEDDING: &str = "model.embed_tokens.weight";
 
-/// Whether an adapter trains the embedding or the output head of a model in which they are one
+/// Whether an adapter changes the embedding or the output head of a model in which they are one
 /// matrix, so that they are two from then on.
-fn unties(adapter: &AdapterConfig, config: &ModelConfig) -> bool {
-    config.tie_word_embeddings && (adapter.saves(names::HEAD) || adapter.saves(names::EMBEDDING))
+fn unties(adapter: &AdapterConfig, trained: &AdapterWeights, config: &ModelConfig) -> bool {
+    let changes = |module| adapter.saves(module) || trained.pairs.contains_key(module);
+    config.tie_word_embeddings && [names::HEAD, names::EMBEDDING].into_iter().any(changes)
 }
 
 /// Reads the base's tensors and adds the deltas.
@@ -58,9 +59,10 @@ impl<'a> Merger<'a> {
         weights: &'a Weights,
         config: &ModelConfig,
         adapter: &AdapterConfig,
-        mut trained: AdapterWeights,
+        trained: AdapterWeights,
     ) -> Result<Self, MergeError> {
         let fitted = fit_model(job.adapter, adapter, &trained, config)?;
+        let mut trained = trained.with_plain_pairs(adapter, &names::adaptable(config));
         let adds = |pair: &LoraPair| {
             let delta = pair.a.iter().any(|x| *x != 0.0) && pair.b.iter().any(|x| *x != 0.0);
             delta || pair.magnitude.is_some()
@@ -78,6 +80,7 @@ impl<'a> Merger<'a> {
         }
         let shapes: BTreeMap<_, _> = names::tensors(config).into_iter().collect();
         let file_name = |name: &str| names::in_files(config.family, name);
+        let untied = unties(adapter, &trained, config);
         let mut changes = BTreeMap::new();
         for ModuleAdapter {
             module, scaling, ..
@@ -105,7 +108,7 @@ impl<'a> Merger<'a> {
         Ok(Self {
             job,
             weights,
-            untied: unties(adapter, config),
+            untied,
             changes,
             modules,
             unchanged,
@@ -166,10 +169,11 @@ impl<'a> Merger<'a> {
             None => return Ok(Cow::Owned(dtype.encode(&values).into_owned())),
             Some(Change::Delta(module, pairs, scaling)) => {
                 let matrix = values.len() / pairs.len();
-                let parts = values.chunks_mut(matrix.max(1));
-                let sizes = parts
-                    .zip(&pairs)
-                    .map(|(w, pair)| merge_into(w, pair, scaling));
+                let parts = values.chunks_mut(matrix.max(1)).zip(&pairs);
+                let sizes = parts.map(|(w, pair)| match module == names::EMBEDDING {
+                    true => merge_into_embedding(w, pair, scaling),
+                    false => merge_into(w, pair, scaling),
+                });
                 let size = sizes.fold(DeltaSize::default(), DeltaSize::and);
                 (module, scaling, size)
             }

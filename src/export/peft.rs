@@ -8,8 +8,12 @@ use safetensors::Dtype;
 
 use super::safetensors::{TensorInfo, f32_bytes, write_safetensors};
 use super::write::{PartialDir, WriteError, atomic_bytes, is_taken};
-use crate::adapter::peft::{AdapterConfig, AdapterWeights, CONFIG_FILE, WEIGHTS_FILE};
-use crate::model::names::{LoraHalf, magnitude_key, peft_key, peft_module, saved_key};
+use crate::adapter::peft::{AdapterConfig, AdapterWeights, CONFIG_FILE, LoraPair, WEIGHTS_FILE};
+use crate::adapter::vera::{Lambdas, VeraWeights};
+use crate::model::names::{
+    EMBEDDING, LoraHalf, lambda_key, magnitude_key, peft_key, peft_module, projection_key,
+    saved_key,
+};
 
 /// Why an adapter could not be written.
 #[derive(Debug, thiserror::Error)]
@@ -80,7 +84,12 @@ pub fn write_adapter_files(
         };
         values.push((info, f32_bytes(data)));
     };
+    let transposed = (adapter.pairs.get(EMBEDDING)).map(LoraPair::transposed);
     for (path, pair) in &adapter.pairs {
+        let pair = match (&transposed, path == EMBEDDING) {
+            (Some(transposed), true) => transposed,
+            _ => pair,
+        };
         let module = peft_module(path, |path| adapter.pairs.contains_key(path));
         add(peft_key(&module, LoraHalf::A), &pair.a_shape, &pair.a);
         add(peft_key(&module, LoraHalf::B), &pair.b_shape, &pair.b);
@@ -88,9 +97,28 @@ pub fn write_adapter_files(
             add(magnitude_key(&module), &[magnitude.len()], magnitude);
         }
     }
+    if let Some(VeraWeights { shared, lambdas }) = &adapter.vera {
+        for (module, Lambdas { d, b }) in lambdas {
+            add(lambda_key(module, LoraHalf::A), &[d.len()], d);
+            add(lambda_key(module, LoraHalf::B), &[b.len()], b);
+        }
+        if let Some(LoraPair {
+            a,
+            a_shape,
+            b,
+            b_shape,
+            ..
+        }) = shared
+        {
+            add(projection_key(LoraHalf::A).to_owned(), a_shape, a);
+            add(projection_key(LoraHalf::B).to_owned(), b_shape, b);
+        }
+    }
     for (name, saved) in &adapter.saved {
         let module = name.rsplit_once('.').map_or("", |(module, _)| module);
-        let wrapped = adapter.pairs.contains_key(module);
+        let vera = adapter.vera.as_ref();
+        let wrapped = adapter.pairs.contains_key(module)
+            || vera.is_some_and(|vera| vera.lambdas.contains_key(module));
         add(saved_key(name, wrapped), &saved.shape, &saved.values);
     }
     values.sort_by(|(a, _), (b, _)| a.name.cmp(&b.name));
@@ -119,7 +147,7 @@ fn card_text(config: &AdapterConfig, adapter: &AdapterWeights, card: &ModelCard)
         version = env!("CARGO_PKG_VERSION"),
         rank = t.rank,
         alpha = t.alpha,
-        modules = adapter.pairs.len(),
+        modules = adapter.modules(),
     );
     if !card.metrics.is_empty() {
         text.push_str("## Results\n\n| metric | value |\n| --- | --- |\n");

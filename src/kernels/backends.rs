@@ -54,9 +54,13 @@ impl Kernels for Flex {
     fn fused_cross_entropy(
         hidden: FlexTensor,
         weight: FlexTensor,
+        low: FlexTensor,
+        up: FlexTensor,
+        bias: FlexTensor,
         targets: Arc<[i32]>,
+        shape: cross_entropy::LogitShape,
     ) -> FlexTensor {
-        cross_entropy::loss_only(hidden, weight, &targets)
+        cross_entropy::loss_only([hidden, weight, low, up, bias], &targets, shape)
     }
 }
 
@@ -126,12 +130,12 @@ impl KernelGradients for Flex {
     }
 
     fn cross_entropy_forward(
-        hidden: FlexTensor,
-        weight: FlexTensor,
+        parts: cross_entropy::Parts<Self>,
         targets: &[i32],
-        wants: cross_entropy::Wants,
+        shape: cross_entropy::LogitShape,
+        wants: [bool; 5],
     ) -> cross_entropy::LossAndGradients<Self> {
-        cross_entropy::forward(hidden, weight, targets, wants)
+        cross_entropy::forward(parts, targets, shape, wants)
     }
 }
 
@@ -181,8 +185,12 @@ impl<B: KernelGradients, C: CheckpointStrategy> Kernels for Autodiff<B, C> {
     fn fused_cross_entropy(
         hidden: FloatTensor<Self>,
         weight: FloatTensor<Self>,
+        low: FloatTensor<Self>,
+        up: FloatTensor<Self>,
+        bias: FloatTensor<Self>,
         targets: Arc<[i32]>,
+        shape: cross_entropy::LogitShape,
     ) -> FloatTensor<Self> {
-        cross_entropy::tracked::<B, C>(hidden, weight, targets)
+        cross_entropy::tracked::<B, C>([hidden, weight, low, up, bias], targets, shape)
     }
 }

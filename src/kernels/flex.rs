@@ -52,6 +52,11 @@ impl<'a> Matrix<'a> {
         }
     }
 
+    /// Whether it has no elements.
+    pub(super) fn is_empty(self) -> bool {
+        self.rows == 0 || self.cols == 0
+    }
+
     /// The transposed view.
     pub(super) fn t(self) -> Self {
         Self {

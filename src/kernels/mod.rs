@@ -30,7 +30,7 @@ use burn::tensor::Device;
 pub use activation::{Activation, activate, clamped_swiglu, gated};
 pub use attention::attention;
 pub use causal_conv::causal_conv;
-pub use cross_entropy::{LogitShape, linear_cross_entropy, shape_logits};
+pub use cross_entropy::{Head, LogitShape, linear_cross_entropy, shape_logits};
 pub use delta_rule::{DeltaHeads, DeltaInputs, delta_rule};
 pub use expert_linear::expert_linear;
 pub use lora_linear::lora_linear;
@@ -79,11 +79,15 @@ pub trait Kernels: Backend {
         scaling: f32,
     ) -> FloatTensor<Self>;
 
-    /// See [`linear_cross_entropy`].
+    /// See [`linear_cross_entropy`]; low and up are empty without a delta, as is a missing bias.
     fn fused_cross_entropy(
         hidden: FloatTensor<Self>,
         weight: FloatTensor<Self>,
+        low: FloatTensor<Self>,
+        up: FloatTensor<Self>,
+        bias: FloatTensor<Self>,
         targets: Arc<[i32]>,
+        shape: LogitShape,
     ) -> FloatTensor<Self>;
 }
 
@@ -150,12 +154,12 @@ pub trait KernelGradients: Kernels {
         FloatTensor<Self>,
     );
 
-    /// Summed loss `[1]` and the gradients of hidden and weight (each when wanted).
+    /// Summed loss `[1]` and the gradients of its parts (each when wanted).
     fn cross_entropy_forward(
-        hidden: FloatTensor<Self>,
-        weight: FloatTensor<Self>,
+        parts: cross_entropy::Parts<Self>,
         targets: &[i32],
-        wants: cross_entropy::Wants,
+        shape: LogitShape,
+        wants: [bool; 5],
     ) -> cross_entropy::LossAndGradients<Self>;
 }
 

@@ -9,9 +9,9 @@ use super::config::{ModelConfig, RopeScaling};
 use super::tensor_reader::{Outline, TensorReader};
 use super::weights::{self, Weights, WeightsError};
 use super::{build, names};
-use crate::kernels::{self, LogitShape, Segments};
+use crate::kernels::{self, Head, LogitShape, Segments};
 use crate::nn::{
-    Dropout, ExpertLinear, LayerCache, LoraLinear, Norm, Parameter, Rope, Rows, Visitor,
+    Dropout, ExpertLinear, LayerCache, LoraDelta, LoraLinear, Norm, Parameter, Rope, Rows, Visitor,
 };
 
 /// A causal language model on one device, in f32.
@@ -25,6 +25,9 @@ pub struct CausalLm {
     lm_head: Option<Tensor<2>>,
     /// Phi's.
     head_bias: Option<Tensor<1>>,
+    /// The embedding's delta: B has a row for each token, A turns it into an embedding.
+    embedding_delta: Option<LoraDelta>,
+    head_delta: Option<LoraDelta>,
     ropes: Vec<Rope>,
     device: Device,
 }
@@ -117,6 +120,8 @@ impl CausalLm {
             norm,
             lm_head,
             head_bias,
+            embedding_delta: None,
+            head_delta: None,
             ropes: config.ropes.iter().cloned().map(Rope::new).collect(),
             device: reader.device().clone(),
             config,
@@ -135,13 +140,40 @@ impl CausalLm {
 
     /// Embeddings of the ids. `[N, D]`
     pub fn embed(&self, tokens: Tokens) -> Tensor<2> {
-        let ids = TensorData::new(tokens.ids.to_vec(), [tokens.ids.len()]);
+        let n = tokens.ids.len();
+        let ids = TensorData::new(tokens.ids.to_vec(), [n]);
         let ids = Tensor::<1, Int>::from_data(ids, &self.device);
-        let embedded = self.embed_tokens.clone().select(0, ids);
+        let mut embedded = self.look_up(&self.embed_tokens, &ids, tokens.ids);
+        if let Some(delta) = &self.embedding_delta {
+            let low = self.look_up(&delta.lora_b, &ids, tokens.ids); // [N, R]
+            embedded = embedded + low.matmul(delta.lora_a.clone()) * delta.scaling;
+            if let Some(magnitude) = &delta.magnitude {
+                let norms = delta
+                    .transposed()
+                    .row_norms(&self.embed_tokens.clone().transpose(), &magnitude.squares);
+                embedded = embedded * (magnitude.vector.clone() / norms).unsqueeze();
+            }
+        }
         match self.config.embedding_multiplier {
             1.0 => embedded,
             factor => embedded * factor,
         }
+    }
+
+    /// Rows of a table. As in torch, the padding token's row gets no gradient.
+    fn look_up(&self, table: &Tensor<2>, ids: &Tensor<1, Int>, values: &[i32]) -> Tensor<2> {
+        let rows = table.clone().select(0, ids.clone());
+        let pad = self.config.pad_token_id.map(|id| id as i32);
+        if !table.is_require_grad() || !values.iter().any(|&id| Some(id) == pad) {
+            return rows;
+        }
+        let trains: Vec<f32> = (values.iter())
+            .map(|&id| f32::from(Some(id) != pad))
+            .collect();
+        let n = trains.len();
+        let trains = Tensor::<2>::from_data(TensorData::new(trains, [n, 1]), &self.device);
+        let frozen = rows.clone().detach() * (1.0 - trains.clone());
+        rows * trains + frozen
     }
 
     /// All blocks and the final norm. `dropout` is `None` outside training; with a `cache`, the
@@ -218,18 +250,43 @@ impl CausalLm {
     /// # Shapes
     /// hidden `[N, D]` → `[N, V]`
     pub fn logits(&self, hidden: Tensor<2>) -> Tensor<2> {
-        let logits = hidden.matmul(self.head().transpose());
-        let logits = match &self.head_bias {
-            Some(bias) => logits + bias.clone().unsqueeze(),
-            None => logits,
-        };
-        kernels::shape_logits(logits, self.logit_shape())
+        self.logits_with(hidden, None)
     }
 
-    /// Summed cross entropy of the rows whose target is not negative. `[1]`
-    pub fn loss_sum(&self, hidden: Tensor<2>, targets: Arc<[i32]>) -> Tensor<1> {
-        let (bias, shape) = (self.head_bias.clone(), self.logit_shape());
-        kernels::linear_cross_entropy(hidden, self.head(), bias, targets, shape)
+    fn logits_with(&self, hidden: Tensor<2>, dropout: Option<Dropout>) -> Tensor<2> {
+        let head = LoraLinear {
+            weight: self.head(),
+            bias: self.head_bias.clone(),
+            lora: self.head_delta.clone(),
+        };
+        kernels::shape_logits(head.forward(hidden, dropout), self.logit_shape())
+    }
+
+    /// Summed cross entropy of the rows whose target is not negative. `[1]` `dropout` is `None` outside
+    /// training.
+    pub fn loss_sum(
+        &self,
+        hidden: Tensor<2>,
+        targets: Arc<[i32]>,
+        dropout: Option<Dropout>,
+    ) -> Tensor<1> {
+        let delta = match &self.head_delta {
+            // The lengths of rows apply to finished logits.
+            Some(delta) if delta.magnitude.is_some() => {
+                return kernels::cross_entropy::of_labelled(hidden, &targets, |hidden| {
+                    self.logits_with(hidden, dropout)
+                });
+            }
+            Some(delta) => Some((delta.low(hidden.clone(), dropout), delta.factors().1)),
+            None => None,
+        };
+        let head = Head {
+            weight: self.head(),
+            delta,
+            bias: self.head_bias.clone(),
+            shape: self.logit_shape(),
+        };
+        kernels::linear_cross_entropy(hidden, head, targets)
     }
 
     fn logit_shape(&self) -> LogitShape {
@@ -259,15 +316,25 @@ impl CausalLm {
         }
     }
 
-    /// The linear layers that can carry adapters, with their module paths.
-    pub fn linears(&mut self) -> Vec<(String, &mut LoraLinear)> {
+    /// Every matrix that can carry a delta, with its module's path and the delta: those of the linear
+    /// layers, the embedding and the output head.
+    pub fn deltas(&mut self) -> Vec<(String, Tensor<2>, &mut Option<LoraDelta>)> {
+        let head = self.head();
         let blocks = self.blocks.iter_mut().enumerate();
-        blocks
-            .flat_map(|(i, block)| {
-                let path = names::block(i);
-                let linears = block.linears().into_iter();
-                linears.map(move |(name, linear)| (format!("{path}.{name}"), linear))
+        let linears = blocks.flat_map(|(i, block)| {
+            let path = names::block(i);
+            let linears = block.linears().into_iter();
+            linears.map(move |(name, linear)| {
+                let weight = linear.weight.clone();
+                (format!("{path}.{name}"), weight, &mut linear.lora)
             })
+        });
+        let (embedding, table) = (&mut self.embedding_delta, self.embed_tokens.clone());
+        linears
+            .chain([
+                (names::EMBEDDING.to_string(), table, embedding),
+                (names::HEAD.to_string(), head, &mut self.head_delta),
+            ])
             .collect()
     }
 
@@ -289,6 +356,9 @@ impl CausalLm {
             &format!("{}.weight", names::EMBEDDING),
             Parameter::Matrix(&mut self.embed_tokens),
         );
+        if let Some(delta) = &mut self.embedding_delta {
+            delta.visit(names::EMBEDDING, visitor);
+        }
         for (i, block) in self.blocks.iter_mut().enumerate() {
             block.visit(&names::block(i), visitor);
         }
@@ -298,6 +368,9 @@ impl CausalLm {
         }
         if let Some(bias) = &mut self.head_bias {
             visitor(&format!("{}.bias", names::HEAD), Parameter::Vector(bias));
+        }
+        if let Some(delta) = &mut self.head_delta {
+            delta.visit(names::HEAD, visitor);
         }
     }
 

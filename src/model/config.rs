@@ -76,6 +76,8 @@ pub struct ModelConfig {
     pub initializer_range: f64,
     /// `bos_token_id`.
     pub bos_token_id: Option<u32>,
+    /// `pad_token_id`; the row of this token does not train through look-ups.
+    pub pad_token_id: Option<u32>,
     /// `eos_token_id`, one or several.
     pub eos_token_ids: Vec<u32>,
 }

@@ -95,6 +95,10 @@ fn common(root: &Fields, family: &'static Family) -> Result<ModelConfig, ConfigE
             .ids("bos_token_id", d.bos_token_id.as_slice())?
             .first()
             .copied(),
+        pad_token_id: root
+            .ids("pad_token_id", d.pad_token_id.as_slice())?
+            .first()
+            .copied(),
         eos_token_ids: root.ids("eos_token_id", d.eos_token_ids)?,
     })
 }

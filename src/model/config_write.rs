@@ -36,6 +36,7 @@ impl ModelConfig {
             "num_attention_heads": self.num_attention_heads,
             "num_hidden_layers": self.num_hidden_layers,
             "num_key_value_heads": self.num_key_value_heads,
+            "pad_token_id": self.pad_token_id,
             "rms_norm_eps": self.norm_eps,
             "rope_scaling": self.ropes[0].scaling_json(path)?,
             "rope_theta": self.ropes[0].theta,

@@ -63,6 +63,7 @@ pub(super) fn config(file: &GgufFile) -> Result<ModelConfig, ConfigError> {
             "tie_word_embeddings": !file.tensors.contains_key("output.weight"),
             "rope_theta": fields.number("llama.rope.freq_base")?.unwrap_or(10_000.0),
             "bos_token_id": fields.token("tokenizer.ggml.bos_token_id"),
+            "pad_token_id": fields.token("tokenizer.ggml.padding_token_id"),
             "eos_token_id": eos_token_ids(&fields),
         }),
         file.path(),

@@ -60,6 +60,20 @@ impl LoraHalf {
             Self::B => ".lora_B.weight",
         }
     }
+
+    fn lambda_suffix(self) -> &'static str {
+        match self {
+            Self::A => ".vera_lambda_d",
+            Self::B => ".vera_lambda_b",
+        }
+    }
+
+    fn embedding_suffix(self) -> &'static str {
+        match self {
+            Self::A => ".lora_embedding_A",
+            Self::B => ".lora_embedding_B",
+        }
+    }
 }
 
 /// The Hugging Face name of a GGUF tensor, `None` for one that has none.
@@ -98,18 +112,27 @@ fn split_layer(path: &str) -> Option<(usize, &str)> {
     (index.to_string() == layer).then_some((index, part))
 }
 
-/// The key under which PEFT stores one half of a module's adapter.
+/// The key under which PEFT stores one half of a module's adapter. The embedding's halves are those of
+/// the transposed delta.
 pub fn peft_key(module: &str, half: LoraHalf) -> String {
-    format!("{PEFT_PREFIX}{module}{}", half.suffix())
+    match module == EMBEDDING {
+        true => format!("{PEFT_PREFIX}{module}{}", half.embedding_suffix()),
+        false => format!("{PEFT_PREFIX}{module}{}", half.suffix()),
+    }
 }
 
 /// The module path and half that a PEFT key names, `None` for any other tensor.
 pub fn parse_peft_key(key: &str) -> Option<(&str, LoraHalf)> {
     let rest = key.strip_prefix(PEFT_PREFIX)?;
-    LoraHalf::BOTH
-        .into_iter()
-        .find_map(|half| Some((rest.strip_suffix(half.suffix())?, half)))
-        .filter(|(module, _)| !module.is_empty())
+    let halves = LoraHalf::BOTH.into_iter();
+    let mut halves = halves.filter_map(|half| {
+        let suffix = match rest.starts_with(EMBEDDING) {
+            true => half.embedding_suffix(),
+            false => half.suffix(),
+        };
+        Some((rest.strip_suffix(suffix)?, half))
+    });
+    halves.next().filter(|(module, _)| !module.is_empty())
 }
 
 /// The parameter that carries a delta at this path, where it is not a linear layer's in transformers 5:
@@ -166,6 +189,10 @@ pub enum PeftTensor {
     Half(String, LoraHalf),
     /// The lengths that DoRA gives the rows of a module's weight.
     Magnitude(String),
+    /// One of the factors that VeRA's modules share.
+    Projection(LoraHalf),
+    /// VeRA's vector of a module: λ_d beside A, λ_b beside B.
+    Lambda(String, LoraHalf),
     /// A tensor of the base, by its name, that trained whole.
     Saved(String),
     /// A tensor of the base that PEFT writes beside an adapter of it.
@@ -182,6 +209,19 @@ pub fn magnitude_key(module: &str) -> String {
     format!("{PEFT_PREFIX}{module}{MAGNITUDE}")
 }
 
+/// The key under which PEFT stores one of the factors that VeRA's modules share.
+pub fn projection_key(half: LoraHalf) -> &'static str {
+    match half {
+        LoraHalf::A => "base_model.vera_A",
+        LoraHalf::B => "base_model.vera_B",
+    }
+}
+
+/// The key under which PEFT stores one of VeRA's vectors of a module.
+pub fn lambda_key(module: &str, half: LoraHalf) -> String {
+    format!("{PEFT_PREFIX}{module}{}", half.lambda_suffix())
+}
+
 /// The key under which PEFT stores a tensor of the base; `wrapped` where its module carries a delta.
 pub fn saved_key(name: &str, wrapped: bool) -> String {
     match (wrapped, name.rsplit_once('.')) {
@@ -195,7 +235,15 @@ pub fn parse_peft_tensor(key: &str) -> Option<PeftTensor> {
     if let Some((module, half)) = parse_peft_key(key) {
         return Some(PeftTensor::Half(module.to_string(), half));
     }
+    if let Some(half) = (LoraHalf::BOTH.into_iter()).find(|half| projection_key(*half) == key) {
+        return Some(PeftTensor::Projection(half));
+    }
     let rest = key.strip_prefix(PEFT_PREFIX)?;
+    for half in LoraHalf::BOTH {
+        if let Some(module) = rest.strip_suffix(half.lambda_suffix()) {
+            return Some(PeftTensor::Lambda(module.to_string(), half));
+        }
+    }
     if let Some(module) = rest.strip_suffix(MAGNITUDE) {
         return Some(PeftTensor::Magnitude(module.to_string()));
     }
@@ -277,7 +325,8 @@ pub struct Adaptable {
     pub in_features: usize,
 }
 
-/// Everything that can carry a delta: the linear layers, then routers and the experts' layers.
+/// Everything that can carry a delta: the linear layers, routers and the experts' layers, the embedding
+/// and the output head.
 pub fn adaptable(config: &ModelConfig) -> Vec<Adaptable> {
     let outline = super::causal_lm::outline(config);
     let parameters = (outline.tensors.iter()).filter_map(|(name, shape)| {
@@ -301,7 +350,13 @@ pub fn adaptable(config: &ModelConfig) -> Vec<Adaptable> {
         out_features: linear.out_features,
         in_features: linear.in_features,
     });
-    linears.chain(parameters).collect()
+    let ends = [EMBEDDING, HEAD].map(|path| Adaptable {
+        path: path.to_string(),
+        experts: 1,
+        out_features: config.vocab_size,
+        in_features: config.hidden_size,
+    });
+    linears.chain(parameters).chain(ends).collect()
 }
 
 /// How a family's files call a tensor of the model.

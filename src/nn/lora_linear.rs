@@ -28,10 +28,23 @@ pub struct LoraDelta {
     pub scaling: f64,
     /// What makes it a weight-decomposed delta (DoRA).
     pub magnitude: Option<Magnitude>,
+    /// What trains in VeRA, where A and B are frozen, shared, and wider than this layer.
+    pub lambdas: Option<Lambdas>,
     /// Probability of dropping an element of the delta's input in training.
     pub dropout: f64,
     /// Tells this layer's dropout masks from those of other layers.
     pub module: u64,
+}
+
+/// VeRA's vectors (arXiv 2310.11454).
+#[derive(Debug, Clone)]
+pub struct Lambdas {
+    /// λ_d, which scales the rows of A. `[R]`
+    pub d: Tensor<1>,
+    /// λ_b, which scales the rows of B. `[out]`
+    pub b: Tensor<1>,
+    /// The layer's width.
+    pub in_features: usize,
 }
 
 /// The length that DoRA gives each row of the weight (arXiv 2402.09353).
@@ -44,6 +57,60 @@ pub struct Magnitude {
 }
 
 impl LoraDelta {
+    /// What B is multiplied with: `s x Aᵀ`, some elements of x dropped in training.
+    ///
+    /// # Shapes
+    /// x `[N, in]` → `[N, R]`
+    pub fn low(&self, x: Tensor<2>, dropout: Option<Dropout>) -> Tensor<2> {
+        let x = self.dropped(&x, dropout).unwrap_or(x);
+        x.matmul(self.factors().0.transpose()) * self.scaling
+    }
+
+    /// A `[R, in]` and B `[out, R]`.
+    pub fn factors(&self) -> (Tensor<2>, Tensor<2>) {
+        let (a, b) = (self.lora_a.clone(), self.lora_b.clone());
+        let Some(lambdas) = &self.lambdas else {
+            return (a, b);
+        };
+        let (d, o) = (lambdas.d.clone(), lambdas.b.clone());
+        let a = a.narrow(1, 0, lambdas.in_features) * d.unsqueeze_dim(1);
+        let b = b.narrow(0, 0, o.dims()[0]) * o.unsqueeze_dim(1);
+        (a, b)
+    }
+
+    /// The input of the delta where training drops elements of it.
+    fn dropped(&self, x: &Tensor<2>, dropout: Option<Dropout>) -> Option<Tensor<2>> {
+        dropout
+            .filter(|_| self.dropout > 0.0)
+            .map(|dropout| dropout.apply(x.clone(), self.dropout, self.module))
+    }
+
+    /// The delta of the transposed weight.
+    pub fn transposed(&self) -> Self {
+        Self {
+            lora_a: self.lora_b.clone().transpose(),
+            lora_b: self.lora_a.clone().transpose(),
+            ..self.clone()
+        }
+    }
+
+    /// Visits the tensors of the delta of the module at `path`.
+    pub fn visit(&mut self, path: &str, visitor: &mut Visitor) {
+        if let Some(lambdas) = &mut self.lambdas {
+            let (d, b) = (&mut lambdas.d, &mut lambdas.b);
+            visitor(&format!("{path}.lambda_d"), Parameter::Vector(d));
+            visitor(&format!("{path}.lambda_b"), Parameter::Vector(b));
+            return;
+        }
+        let (a, b) = (&mut self.lora_a, &mut self.lora_b);
+        visitor(&format!("{path}.lora_a"), Parameter::Matrix(a));
+        visitor(&format!("{path}.lora_b"), Parameter::Matrix(b));
+        if let Some(magnitude) = &mut self.magnitude {
+            let vector = Parameter::Vector(&mut magnitude.vector);
+            visitor(&format!("{path}.magnitude"), vector);
+        }
+    }
+
     /// Length of each row of `W + s B A`, a constant of the backward pass; `B A` is not formed.
     ///
     /// # Shapes
@@ -89,9 +156,7 @@ impl LoraLinear {
         let y = match &self.lora {
             None => x.matmul(self.weight.clone().transpose()),
             Some(lora) => {
-                let dropped = dropout
-                    .filter(|_| lora.dropout > 0.0)
-                    .map(|dropout| dropout.apply(x.clone(), lora.dropout, lora.module));
+                let dropped = lora.dropped(&x, dropout);
                 match &lora.magnitude {
                     None => self.lora(x, dropped, lora),
                     Some(magnitude) => self.dora(x, dropped, lora, magnitude),
@@ -106,7 +171,7 @@ impl LoraLinear {
 
     fn lora(&self, x: Tensor<2>, dropped: Option<Tensor<2>>, lora: &LoraDelta) -> Tensor<2> {
         let weight = self.weight.clone();
-        let (a, b) = (lora.lora_a.clone(), lora.lora_b.clone());
+        let (a, b) = lora.factors();
         match dropped {
             Some(dropped) => {
                 kernels::lora_linear::reference(x, dropped, weight, (a, b), lora.scaling)
@@ -146,18 +211,7 @@ impl LoraLinear {
             visitor(&format!("{path}.bias"), Parameter::Vector(bias));
         }
         if let Some(lora) = &mut self.lora {
-            visitor(
-                &format!("{path}.lora_a"),
-                Parameter::Matrix(&mut lora.lora_a),
-            );
-            visitor(
-                &format!("{path}.lora_b"),
-                Parameter::Matrix(&mut lora.lora_b),
-            );
-            if let Some(magnitude) = &mut lora.magnitude {
-                let vector = Parameter::Vector(&mut magnitude.vector);
-                visitor(&format!("{path}.magnitude"), vector);
-            }
+            lora.visit(path, visitor);
         }
     }
 }

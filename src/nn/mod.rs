@@ -19,7 +19,7 @@ pub use delta_net::DeltaNet;
 pub use dropout::Dropout;
 pub use expert_linear::{ExpertDelta, ExpertLinear};
 pub use latent_attention::{LatentAttention, LatentQuery};
-pub use lora_linear::{LoraDelta, LoraLinear, Magnitude};
+pub use lora_linear::{Lambdas, LoraDelta, LoraLinear, Magnitude};
 pub use mlp::{Mlp, MlpInput};
 pub use moe::{ExpertGate, Moe, Router, RouterRule, SharedExpert};
 pub use norm::{HeadNorm, Norm, NormKind};

@@ -34,6 +34,19 @@ const FROM_PEFT: &[&str] = &[
     "adapter.modules_to_save",
 ];
 
+/// Knobs of LoRA that VeRA has not.
+const LORA_ALONE: &[&str] = &[
+    "adapter.alpha",
+    "adapter.rank_pattern",
+    "adapter.alpha_pattern",
+    "adapter.exclude_modules",
+    "adapter.target_parameters",
+    "adapter.use_rslora",
+    "adapter.use_dora",
+    "train.loraplus_lr_ratio",
+    "train.loraplus_lr_embedding",
+];
+
 /// Knobs of `values` (dotted key → value, null where not given) that other knobs put out of force.
 pub(super) fn out_of_force(value: impl Fn(&str) -> Json) -> BTreeSet<&'static str> {
     let mut out = BTreeSet::new();
@@ -48,6 +61,9 @@ pub(super) fn out_of_force(value: impl Fn(&str) -> Json) -> BTreeSet<&'static st
     }
     if full {
         out.insert("adapter.init_from");
+    }
+    if value("adapter.method") == json!("vera") {
+        out.extend(LORA_ALONE);
     }
     out
 }
@@ -71,6 +87,12 @@ pub(super) fn check(given: &mut Given) {
     if full {
         let because = "`adapter.method: full` trains all weights and has no adapter";
         for key in FROM_PEFT.iter().chain(&["adapter.init_from"]) {
+            exclude(given, "adapter.method", key, because);
+        }
+    }
+    if text(given, "adapter.method") == Some("vera") {
+        let because = "VeRA has two vectors for each layer and no scaling";
+        for key in LORA_ALONE {
             exclude(given, "adapter.method", key, because);
         }
     }

@@ -320,6 +320,8 @@ pub struct AdapterPlan {
 pub enum AdapterMethod {
     /// Low-rank adapters (arXiv 2106.09685).
     Lora,
+    /// Vectors around shared random factors (VeRA, arXiv 2310.11454).
+    Vera,
     /// All weights train.
     Full,
 }
@@ -359,6 +361,8 @@ pub struct TrainPlan {
     pub learning_rate: f64,
     /// How many times the learning rate of A the B of a delta has (LoRA+).
     pub loraplus_lr_ratio: f64,
+    /// Learning rate of the embedding's adapter where the ratio is not 1.
+    pub loraplus_lr_embedding: f64,
     /// Shape of the learning rate over the run.
     pub lr_scheduler: LrScheduler,
     /// Steps of linear warm-up from 0.

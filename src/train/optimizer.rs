@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use burn::tensor::Tensor;
 
 use super::step::Gradients;
-use crate::model::CausalLm;
+use crate::model::{CausalLm, names};
 use crate::recipe::TrainPlan;
 
 /// AdamW's constants.
@@ -22,13 +22,17 @@ pub struct AdamWConfig {
     /// How many times the learning rate of A the B of a delta has (LoRA+, arXiv 2402.12354); vectors
     /// have it too, as in PEFT.
     pub loraplus_lr_ratio: f64,
+    /// How many times the learning rate the embedding's delta has.
+    pub embedding_lr_ratio: f64,
 }
 
 impl AdamWConfig {
     /// The learning rate of a tensor, where `rate` is the schedule's.
     pub fn rate_of(&self, name: &str, shape: &[usize], rate: f64) -> f64 {
-        match name.ends_with(".lora_b") || shape.len() == 1 {
-            true => rate * self.loraplus_lr_ratio,
+        let half = name.strip_prefix(names::EMBEDDING);
+        match matches!(half, Some(".lora_a" | ".lora_b")) {
+            true => rate * self.embedding_lr_ratio,
+            false if name.ends_with(".lora_b") || shape.len() == 1 => rate * self.loraplus_lr_ratio,
             false => rate,
         }
     }
@@ -42,6 +46,10 @@ impl From<&TrainPlan> for AdamWConfig {
             eps: plan.adam_eps,
             weight_decay: plan.weight_decay,
             loraplus_lr_ratio: plan.loraplus_lr_ratio,
+            embedding_lr_ratio: match plan.loraplus_lr_ratio == 1.0 {
+                true => 1.0,
+                false => plan.loraplus_lr_embedding / plan.learning_rate,
+            },
         }
     }
 }
@@ -113,7 +121,8 @@ impl AdamW {
     }
 }
 
-/// Whether weight decay applies: to matrices, and to DoRA's magnitudes.
+/// Whether weight decay applies: to matrices, and to the vectors of DoRA and VeRA.
 fn decays(name: &str, shape: &[usize]) -> bool {
-    shape.len() > 1 || name.ends_with(".magnitude")
+    let vectors = [".magnitude", ".lambda_b", ".lambda_d"];
+    shape.len() > 1 || vectors.iter().any(|end| name.ends_with(end))
 }

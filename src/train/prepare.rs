@@ -9,6 +9,7 @@ use crate::adapter::experts::converted;
 use crate::adapter::inject::{self, Init};
 use crate::adapter::peft::{self, AdapterWeights};
 use crate::adapter::target::{self, ModuleAdapter, Targeting};
+use crate::adapter::vera::VeraConfig;
 use crate::data::tokenize::ChatTokenizer;
 use crate::data::{self, Dataset};
 use crate::hub;
@@ -151,25 +152,34 @@ fn choose_adapters(
             values: Some(values),
         });
     }
-    let targeting = findings.take(converted(&Targeting::from(&plan.adapter), config))?;
-    let mut linear: Vec<String> = (names::adaptable(config).into_iter())
+    let mut targeting = Targeting::from(&plan.adapter);
+    let vera = (plan.adapter.method == AdapterMethod::Vera)
+        .then(|| VeraConfig::new(plan.train.seed & u64::from(u32::MAX)));
+    match vera {
+        // Its deltas are not scaled.
+        Some(_) => targeting.alpha = targeting.rank as f64,
+        None => targeting = findings.take(converted(&targeting, config))?,
+    }
+    let linear: Vec<String> = (names::adaptable(config).into_iter())
         .map(|layer| layer.path)
         .collect();
-    linear.push(names::HEAD.to_string());
     let mut modules = findings.take(target::select(&targeting, &linear))?;
-    if modules.iter().any(|adapter| adapter.module == names::HEAD) {
-        findings.0.push(format!(
-            "adapter.target_modules chooses {}, which cannot carry an adapter yet; leave it out",
-            names::HEAD
-        ));
-        return None;
-    }
     let written = findings.take(target::as_written(&targeting, &linear))?;
     let revision = Some(plan.base.revision.as_str());
     let adapter = AdapterConfig::new(&plan.base.model, revision, written, plan.adapter.dropout)
         .with_plan(&plan.adapter);
+    let adapter = AdapterConfig { vera, ..adapter };
     check_saved(&adapter, config, findings);
     check_experts(&adapter, &modules, findings);
+    if vera.is_some()
+        && modules
+            .iter()
+            .any(|chosen| chosen.module == names::EMBEDDING)
+    {
+        let cause = "adapter.target_modules: VeRA has no vectors for the embedding (nor has it in \
+                     PEFT); leave embed_tokens out";
+        findings.0.push(cause.to_owned());
+    }
     // What trains whole needs no delta; PEFT leaves it out too.
     modules.retain(|chosen| !adapter.saves(&chosen.module));
     Some(AdapterChoice {

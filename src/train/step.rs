@@ -80,7 +80,7 @@ pub fn gradients(
         }
         let masks = dropout.map(|key| Dropout::new(key.seed, key.step, i));
         let hidden = model.hidden(tokens(batch), None, masks);
-        let loss = model.loss_sum(hidden, targets).mul_scalar(share);
+        let loss = model.loss_sum(hidden, targets, masks).mul_scalar(share);
         let mut gradients = loss.backward();
         losses.push(loss.inner());
         model.visit_trainable(&mut |name, parameter| {
@@ -137,7 +137,7 @@ pub fn evaluate(
         let targets = targets(&batch);
         count += label_tokens(&targets);
         let hidden = model.hidden(tokens(&batch), None, None);
-        sum += scalar(model.loss_sum(hidden, targets));
+        sum += scalar(model.loss_sum(hidden, targets, None));
     }
     Some((sum / count.max(1) as f64, count))
 }

@@ -127,9 +127,23 @@ const PLAIN: LogitShape = LogitShape {
     soft_cap: None,
 };
 
+/// A head of weight, delta and bias, as many as there are.
+fn head(x: &[Tensor<2>], shape: LogitShape) -> Head {
+    Head {
+        weight: x[1].clone(),
+        delta: x.get(3).map(|up| (x[2].clone(), up.clone())),
+        bias: x.get(4).map(|bias| bias.clone().squeeze_dim(0)),
+        shape,
+    }
+}
+
 #[test]
 fn cross_entropy_equals_its_reference() {
     device();
+    let shaped = LogitShape {
+        scale: 0.7,
+        soft_cap: Some(1.5),
+    };
     for (n, d, v) in [(1, 2, 3), (9, 16, 50), (70, 24, 301)] {
         let targets: Arc<[i32]> = (0..n as i32)
             .map(|i| {
@@ -140,18 +154,26 @@ fn cross_entropy_equals_its_reference() {
                 }
             })
             .collect();
-        compare(
-            &format!("cross entropy {n}x{d}x{v}"),
-            &[random([n, d]), random([v, d])],
-            |x| {
-                linear_cross_entropy(x[0].clone(), x[1].clone(), None, targets.clone(), PLAIN)
-                    .reshape([1, 1])
-            },
-            |x| {
-                cross_entropy::reference(x[0].clone(), x[1].clone(), None, &targets, PLAIN)
-                    .reshape([1, 1])
-            },
-        );
+        let parts = [
+            random([n, d]),
+            random([v, d]),
+            random([n, 3]),
+            random([v, 3]),
+            random([1, v]),
+        ];
+        for (count, shape) in [(2, PLAIN), (4, PLAIN), (5, PLAIN), (2, shaped), (5, shaped)] {
+            compare(
+                &format!("cross entropy {n}x{d}x{v} of {count} parts, {shape:?}"),
+                &parts[..count],
+                |x| {
+                    linear_cross_entropy(x[0].clone(), head(x, shape), targets.clone())
+                        .reshape([1, 1])
+                },
+                |x| {
+                    cross_entropy::reference(x[0].clone(), head(x, shape), &targets).reshape([1, 1])
+                },
+            );
+        }
     }
 }
 
@@ -159,7 +181,11 @@ fn cross_entropy_equals_its_reference() {
 fn cross_entropy_without_labels_is_zero() {
     let targets: Arc<[i32]> = Arc::from([-100, -100]);
     let hidden = random([2, 4]).autodiff().require_grad();
-    let loss = linear_cross_entropy(hidden.clone(), random([5, 4]), None, targets, PLAIN);
+    let loss = linear_cross_entropy(
+        hidden.clone(),
+        head(&[hidden.clone(), random([5, 4])], PLAIN),
+        targets,
+    );
     let mut grads = loss.backward();
     assert_eq!(loss.into_scalar::<f32>(), 0.0);
     let grad = hidden.grad_remove(&mut grads).expect("a gradient");

@@ -119,6 +119,7 @@ pub(super) static PHI3: Family = Family {
         partial_rotary_factor: Some(1.0),
         original_positions: Some(4096),
         eos_token_ids: &[32_000],
+        pad_token_id: Some(32_000),
         ..LLAMA_DEFAULTS
     },
     configure: |fields, config| {
@@ -149,6 +150,7 @@ pub(super) static SMOLLM3: Family = Family {
         tie_word_embeddings: true,
         bos_token_id: Some(128_000),
         eos_token_ids: &[128_001],
+        pad_token_id: Some(128_004),
         ..LLAMA_DEFAULTS
     },
     configure: |fields, config| {
@@ -187,6 +189,7 @@ const OLMO_DEFAULTS: Defaults = Defaults {
     eps: 1e-5,
     bos_token_id: None,
     eos_token_ids: &[50_279],
+    pad_token_id: Some(1),
     ..LLAMA_DEFAULTS
 };
 
@@ -304,6 +307,7 @@ pub(super) static COHERE: Family = Family {
         tie_word_embeddings: true,
         bos_token_id: Some(5),
         eos_token_ids: &[255_001],
+        pad_token_id: Some(0),
         ..LLAMA_DEFAULTS
     },
     configure: |fields, config| {
@@ -340,6 +344,7 @@ pub(super) static GLM4: Family = Family {
         partial_rotary_factor: Some(0.5),
         bos_token_id: None,
         eos_token_ids: &[151_329, 151_336, 151_338],
+        pad_token_id: Some(151_329),
         ..LLAMA_DEFAULTS
     },
     configure: |fields, config| {

@@ -19,6 +19,7 @@ const DEFAULTS: Defaults = Defaults {
     tie_word_embeddings: true,
     bos_token_id: Some(2),
     eos_token_ids: &[1],
+    pad_token_id: Some(0),
     ..LLAMA_DEFAULTS
 };
 

@@ -162,6 +162,8 @@ pub struct Defaults {
     pub bos_token_id: Option<u32>,
     /// `eos_token_id`
     pub eos_token_ids: &'static [u32],
+    /// `pad_token_id`
+    pub pad_token_id: Option<u32>,
 }
 
 /// Norms before attention and before the feed-forward layer.
@@ -223,6 +225,7 @@ pub(super) const LLAMA_DEFAULTS: Defaults = Defaults {
     initializer_range: 0.02,
     bos_token_id: Some(1),
     eos_token_ids: &[2],
+    pad_token_id: None,
 };
 
 /// Every supported family.
