@@ -67,6 +67,9 @@ fn a_recipe_is_checked_without_training() {
         "4, 1 an epoch: 4.00 epochs",
         "cpu (",
         "(39 %)",
+        "servers  vLLM loads the adapter as it is\n",
+        "llama.cpp and Ollama load it as GGUF: they read",
+        "MLX refuses it (any adapter): ",
     ] {
         assert!(ran.err.contains(part), "no `{part}` in {}", ran.err);
     }
@@ -102,10 +105,28 @@ fn a_check_for_scripts_has_numbers() {
     let share = plan["trained_share"].as_f64().unwrap();
     assert!(share > 0.0 && share < 1.0, "{share}");
     assert_eq!(ran.events().last().unwrap()["event"], "ok");
+    let servers = ran.event("servers");
+    assert_eq!(servers["loads"], serde_json::json!(["vLLM"]));
+
+    let dora = ["--set", "adapter.use_dora=true", "--json"];
+    let ran = workspace.run(&[&["check", "recipe.yaml"][..], &dora].concat());
+    let servers = ran.exits(0).event("servers");
+    assert_eq!(servers["loads"], serde_json::json!([]));
+    let found = servers["findings"].as_array().unwrap();
+    assert_eq!(found.len(), 3, "{found:#?}");
+    for (finding, choice) in found
+        .iter()
+        .zip(["`use_dora`", "`use_dora`", "any adapter"])
+    {
+        assert_eq!(finding["effect"], "refuses");
+        assert_eq!(finding["choice"], choice);
+    }
 
     let full = ["--set", "adapter.method=full", "--json"];
     let ran = workspace.run(&[&["check", "recipe.yaml"][..], &full].concat());
-    let plan = ran.exits(0).event("plan");
+    let ran = ran.exits(0);
+    assert!(ran.events().iter().all(|event| event["event"] != "servers"));
+    let plan = ran.event("plan");
     assert_eq!(plan["trainable_parameters"], 176_576);
     assert_eq!(
         (plan["adapters"].as_u64(), &plan["method"]),

@@ -8,6 +8,7 @@ use super::Usage;
 use super::args::{CheckArgs, Output};
 use super::print::print;
 use super::render::{Renderer, count};
+use super::servers;
 use super::warnings::{self, Warning};
 use crate::data::contract::Contract;
 use crate::data::{DataReport, feed};
@@ -27,6 +28,7 @@ pub fn run(args: &CheckArgs, output: &Output) -> anyhow::Result<()> {
     let plan = plan(&args.recipe.recipe, &args.recipe.set)?;
     let prepared = prepared(plan, &mut renderer)?;
     summary(&prepared, &device, &mut renderer);
+    servers::show(&prepared, &mut renderer);
     if is_taken(&prepared.plan.output_dir) {
         let output_dir = prepared.plan.output_dir.clone();
         renderer.warn(&Warning::OutputTaken { output_dir });

@@ -19,6 +19,7 @@ pub mod preview_text;
 pub mod print;
 pub mod render;
 pub mod schema;
+pub mod servers;
 pub mod stats_text;
 pub mod style;
 pub mod train;
