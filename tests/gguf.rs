@@ -3,6 +3,7 @@
 use std::fs;
 
 use lorafit::model::config::{ModelConfig, RopeScaling};
+use lorafit::model::gguf::config_json;
 use lorafit::model::weights::{Dtype, Weights, check};
 use lorafit::quant::blocks::{BlockKind, dequantise};
 use lorafit::quant::gguf::{GgufFile, Value};
@@ -95,11 +96,11 @@ fn a_directory_with_one_gguf_is_a_model() {
     check(&weights, &weights.config().unwrap()).unwrap();
 }
 
-/// The golden's metadata and tensors, changed and written again.
-struct Rewritten {
-    metadata: Vec<(String, Value)>,
+/// Metadata and tensors to be written as a GGUF file.
+pub struct Rewritten {
+    pub metadata: Vec<(String, Value)>,
     /// Name, shape innermost first, values.
-    tensors: Vec<(String, Vec<u64>, Vec<f32>)>,
+    pub tensors: Vec<(String, Vec<u64>, Vec<f32>)>,
 }
 
 impl Rewritten {
@@ -120,7 +121,7 @@ impl Rewritten {
         }
     }
 
-    fn set(&mut self, key: &str, value: Value) {
+    pub fn set(&mut self, key: &str, value: Value) {
         self.metadata.retain(|(known, _)| known != key);
         self.metadata.push((key.into(), value));
     }
@@ -149,7 +150,7 @@ impl Rewritten {
         out
     }
 
-    fn open(&self) -> Result<(tempfile::TempDir, Weights), String> {
+    pub fn open(&self) -> Result<(tempfile::TempDir, Weights), String> {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("model.gguf");
         fs::write(&path, self.bytes()).unwrap();
@@ -169,9 +170,10 @@ fn write_value(out: &mut Vec<u8>, value: &Value) {
             out.extend(10u32.to_le_bytes());
             out.extend(n.to_le_bytes());
         }
+        // As llama.cpp's converter writes every number.
         Value::Float(x) => {
-            out.extend(12u32.to_le_bytes());
-            out.extend(x.to_le_bytes());
+            out.extend(6u32.to_le_bytes());
+            out.extend((*x as f32).to_le_bytes());
         }
         Value::Bool(b) => {
             out.extend(7u32.to_le_bytes());
@@ -180,6 +182,16 @@ fn write_value(out: &mut Vec<u8>, value: &Value) {
         Value::String(s) => {
             out.extend(8u32.to_le_bytes());
             text(out, s);
+        }
+        Value::Array(flags) => {
+            out.extend(9u32.to_le_bytes());
+            out.extend(7u32.to_le_bytes());
+            out.extend((flags.len() as u64).to_le_bytes());
+            out.extend(
+                flags
+                    .iter()
+                    .map(|flag| u8::from(*flag == Value::Bool(true))),
+            );
         }
         other => panic!("not needed: {other:?}"),
     }
@@ -241,7 +253,7 @@ fn llama_3_frequency_factors_become_llama3_scaling_in_config_json() {
     let config = weights.config().unwrap();
     assert_eq!(config.ropes[0].scaling, RopeScaling::Factors(factors));
     check(&weights, &config).unwrap();
-    let json = config.to_hf_json("bfloat16", weights.path()).unwrap();
+    let json = config_json(weights.gguf().unwrap(), "bfloat16").unwrap();
     assert_eq!(json["rope_scaling"]["rope_type"], "llama3");
     assert_eq!(json["rope_scaling"]["factor"], 8.0);
     let reread = ModelConfig::from_json(&json.to_string(), weights.path()).unwrap();
@@ -253,8 +265,7 @@ fn llama_3_frequency_factors_become_llama3_scaling_in_config_json() {
     let last = file.tensors.last_mut().unwrap();
     last.2 = vec![1.0, 2.0, 3.0, 1.0, 5.0, 6.0, 7.0, 8.0];
     let (_dir, weights) = file.open().unwrap();
-    let config = weights.config().unwrap();
-    let error = config.to_hf_json("bfloat16", weights.path()).unwrap_err();
+    let error = config_json(weights.gguf().unwrap(), "bfloat16").unwrap_err();
     assert!(error.to_string().contains("rope_freqs.weight"), "{error}");
 }
 
@@ -295,13 +306,14 @@ fn metadata_that_cannot_be_served_is_named() {
     for (key, value, expected) in [
         (
             "general.architecture",
-            Value::String("gemma3".into()),
-            "`gemma3` in a GGUF file is not supported; supported: llama",
+            Value::String("mamba".into()),
+            "`mamba` in a GGUF file is not supported; supported: llama, qwen2, qwen3, qwen3moe, \
+             gemma, gemma2, gemma3, phi3; other families",
         ),
         (
             "llama.expert_count",
             Value::Unsigned(8),
-            "mixture of experts",
+            "`llama.expert_used_count`: expected a whole number, found nothing",
         ),
         (
             "split.count",

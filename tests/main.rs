@@ -11,6 +11,7 @@ mod data_rules;
 mod export;
 mod fixture;
 mod gguf;
+mod gguf_families;
 mod golden_lora;
 mod golden_models;
 mod golden_packing;

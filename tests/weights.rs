@@ -101,11 +101,6 @@ fn each_golden_parses_in_both_styles_and_its_tensors_fit() {
                 "{name}"
             );
         }
-        if name.starts_with("llama") {
-            let written = config.to_hf_json("float32", &dir).unwrap().to_string();
-            let reread = ModelConfig::from_json(&written, &dir).unwrap();
-            assert_eq!(reread, config, "{name}");
-        }
         let weights = Weights::open(&dir).unwrap();
         check(&weights, &config).unwrap_or_else(|error| panic!("{name}: {error}"));
         for name in weights.names() {

@@ -17,6 +17,7 @@ use crate::adapter::peft::{PeftError, read_adapter};
 use crate::data::tokenize::ChatTokenizer;
 use crate::model::config::{ConfigError, ModelConfig};
 use crate::model::weights::{Dtype, Weights, WeightsError, check};
+use crate::model::{gguf, names};
 
 /// Why a merge failed.
 #[derive(Debug, thiserror::Error)]
@@ -196,7 +197,7 @@ pub fn prepare(
     let (adapter, trained) = read_adapter(job.adapter)?;
     let mut merger = Merger::new(job, &weights, &config, &adapter, trained)?;
     let dir = PartialDir::create(job.out)?;
-    let tokenizer_from = write_sidecars(job, &weights, &config, merger.untied, dir.path())?;
+    let tokenizer_from = write_sidecars(job, &weights, merger.untied, dir.path())?;
     let tensors = merger.tensors()?;
     let total = tensors.iter().filter_map(TensorInfo::bytes).sum::<usize>() as u64;
     let mut done = 0;
@@ -254,14 +255,13 @@ fn real(path: &Path) -> PathBuf {
 fn write_sidecars(
     job: &MergeJob,
     weights: &Weights,
-    config: &ModelConfig,
     untied: bool,
     to: &Path,
 ) -> Result<Option<PathBuf>, MergeError> {
     let from_gguf = weights.gguf().is_some();
     let base_dir = directory(job.base);
-    let mut config_json = if from_gguf {
-        config.to_hf_json(job.dtype.unwrap_or(SaveDtype::Bf16).torch_name(), job.base)?
+    let mut config_json = if let Some(file) = weights.gguf() {
+        gguf::config_json(file, job.dtype.unwrap_or(SaveDtype::Bf16).torch_name())?
     } else {
         copy_notices(base_dir, to)?;
         match job.dtype {

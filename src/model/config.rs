@@ -2,8 +2,7 @@
 //! (transformers 4 and 5 styles) or GGUF metadata.
 //!
 //! What the models of a family share stands in [`families`](super::families); the readers are `config_json.rs` and
-//! `gguf.rs`; `config_check.rs` says what both must satisfy,
-//! `config_write.rs` is the way back to `config.json`.
+//! `gguf.rs`; `config_check.rs` says what both must satisfy.
 
 pub use crate::nn::rope::{RopeConfig, RopeScaling};
 

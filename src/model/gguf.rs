@@ -1,16 +1,18 @@
-//! A Llama model inside a GGUF file: its configuration, and its rows back in Hugging Face's order.
+//! A model inside a GGUF file: its configuration as `config.json` would have it, and its tensors
+//! under Hugging Face's names, with their values.
 //!
-//! Keys: <https://github.com/ggml-org/ggml/blob/master/docs/gguf.md>; the permutation and the
-//! frequency factors are those of llama.cpp's `convert_hf_to_gguf.py` (`LlamaModel`).
+//! Keys: <https://github.com/ggml-org/ggml/blob/master/docs/gguf.md>; what became of names and
+//! values is what llama.cpp's `convert_hf_to_gguf.py` does, undone.
 
-use serde_json::json;
+use serde_json::{Map, Value, json};
 
 use super::config::{ConfigError, ModelConfig, RopeScaling};
-use super::families;
-use crate::quant::gguf::GgufFile;
-
-/// The tensor of frequency factors, which Llama 3 conversions carry.
-pub(super) const ROPE_FACTORS: &str = "rope_freqs.weight";
+use super::families::{Family, by_model_type};
+use super::gguf_arch::{self, Architecture, Kind};
+use super::gguf_fields::Fields;
+use super::{config_check, gguf_rope, names};
+use crate::nn::NormKind;
+use crate::quant::gguf::{GgufFile, Value as Metadatum};
 
 /// Rows of q and k swap between these two orders within a head: `(half, pair)` in Hugging Face,
 /// `(pair, half)` in GGUF.
@@ -19,83 +21,174 @@ const PERMUTED: [&str; 2] = ["self_attn.q_proj", "self_attn.k_proj"];
 /// The configuration in the file's metadata and tensor list, values not yet checked against each other.
 pub(super) fn config(file: &GgufFile) -> Result<ModelConfig, ConfigError> {
     let fields = Fields { file };
-    let name = file.metadata.str("general.architecture").unwrap_or("?");
-    let family = families::by_model_type(name)
-        .filter(|family| family.model_type == "llama")
-        .ok_or_else(|| ConfigError::Architecture {
-            path: file.path().to_path_buf(),
-            key: "general.architecture",
-            found: format!("`{name}` in a GGUF file"),
-            supported: "llama; other families from their safetensors".into(),
-        })?;
-    refuse_unsupported(&fields)?;
-    let hidden_size = fields.required("llama.embedding_length")?;
-    let num_attention_heads = fields.required("llama.attention.head_count")?;
-    let head_dim = match fields.size("llama.attention.key_length")? {
-        Some(width) => width,
-        None => hidden_size.checked_div(num_attention_heads).unwrap_or(0),
-    };
-    for key in ["llama.attention.value_length", "llama.rope.dimension_count"] {
-        if let Some(width) = fields.size(key)?
-            && width != head_dim
-        {
-            let expected = format!("the head width {head_dim}");
-            return Err(fields.error(key, &expected, &width.to_string()));
-        }
+    let architecture = gguf_arch::of(&fields)?;
+    let keys = Value::Object(keys(&fields, architecture)?);
+    let family = by_model_type(architecture.model_type).expect("a family for each architecture");
+    let mut config = ModelConfig::of_family(family, &keys, file.path())?;
+    if let Some(factors) = gguf_rope::factors(&fields) {
+        config.ropes[0].scaling = factors;
     }
-    let max_position_embeddings = fields.required("llama.context_length")?;
-    let mut config = ModelConfig::of_family(
-        family,
-        &json!({
-            "vocab_size": vocab_size(&fields)?,
-            "hidden_size": hidden_size,
-            "intermediate_size": fields.required("llama.feed_forward_length")?,
-            "num_hidden_layers": fields.required("llama.block_count")?,
-            "num_attention_heads": num_attention_heads,
-            "num_key_value_heads": fields
-                .size("llama.attention.head_count_kv")?
-                .unwrap_or(num_attention_heads),
-            "head_dim": head_dim,
-            "max_position_embeddings": max_position_embeddings,
-            "rms_norm_eps": fields.required_number("llama.attention.layer_norm_rms_epsilon")?,
-            "attention_bias": file.tensors.contains_key("blk.0.attn_q.bias"),
-            "mlp_bias": file.tensors.contains_key("blk.0.ffn_gate.bias"),
-            "tie_word_embeddings": !file.tensors.contains_key("output.weight"),
-            "rope_theta": fields.number("llama.rope.freq_base")?.unwrap_or(10_000.0),
-            "bos_token_id": fields.token("tokenizer.ggml.bos_token_id"),
-            "pad_token_id": fields.token("tokenizer.ggml.padding_token_id"),
-            "eos_token_id": eos_token_ids(&fields),
-        }),
-        file.path(),
-    )?;
-    config.ropes[0].scaling = scaling(&fields, max_position_embeddings)?;
     Ok(config)
 }
 
-/// Refuses what would silently give other numbers than llama.cpp's.
-fn refuse_unsupported(fields: &Fields) -> Result<(), ConfigError> {
-    let unsupported = |what: &str, remedy| {
-        Err(ConfigError::Unsupported {
-            path: fields.file.path().to_path_buf(),
-            what: what.to_string(),
-            remedy,
-        })
+/// The `config.json` of the model in a GGUF file, with keys that transformers 4 and 5 both read.
+/// `dtype` is the weights' (`float32`, `float16`, `bfloat16`).
+///
+/// # Errors
+/// When the file is no model, or has frequency factors that no `rope_scaling` expresses.
+pub fn config_json(file: &GgufFile, dtype: &str) -> Result<Value, ConfigError> {
+    let fields = Fields { file };
+    let config = ModelConfig::from_gguf(file)?;
+    let mut keys = keys(&fields, gguf_arch::of(&fields)?)?;
+    if let RopeScaling::Factors(factors) = &config.ropes[0].scaling {
+        let scaling = gguf_rope::of_factors(&fields, &config.ropes[0], factors)?;
+        keys.insert("rope_scaling".into(), scaling);
+    }
+    for (key, value) in [
+        ("architectures", json!([config.family.class_name])),
+        ("model_type", json!(config.family.model_type)),
+        ("torch_dtype", json!(dtype)),
+        ("use_cache", json!(true)),
+    ] {
+        keys.insert(key.into(), value);
+    }
+    Ok(Value::Object(keys))
+}
+
+/// The file's metadata as keys of `config.json`.
+fn keys(fields: &Fields, architecture: &Architecture) -> Result<Map<String, Value>, ConfigError> {
+    let name = architecture.name;
+    let mut keys = Map::new();
+    for (gguf, hf, kind) in gguf_arch::COMMON.iter().chain(architecture.keys) {
+        let key = format!("{name}.{gguf}");
+        let value = match kind {
+            Kind::Size => Some(json!(fields.required(&key)?)),
+            Kind::Number => Some(json!(fields.required_number(&key)?)),
+            Kind::SizeIfAny => fields.size(&key)?.map(|size| json!(size)),
+            Kind::NumberIfAny => fields.number(&key)?.map(|number| json!(number)),
+            Kind::Window => (fields.size(&key)?).map(|width| match width {
+                0 => Value::Null,
+                width => json!(width),
+            }),
+        };
+        if let Some(value) = value {
+            keys.insert(hf.to_string(), value);
+        }
+    }
+    for (key, value) in architecture.fixed {
+        keys.insert(key.to_string(), json!(value));
+    }
+    for (key, tensor) in architecture.biases {
+        let there = fields.file.tensors.contains_key(*tensor);
+        keys.insert(key.to_string(), json!(there));
+    }
+    heads(fields, architecture, &mut keys)?;
+    layers(fields, architecture, &mut keys)?;
+    let theta = fields.number(&format!("{name}.rope.freq_base"))?;
+    for (key, value) in [
+        ("vocab_size", json!(vocab_size(fields)?)),
+        ("rope_theta", json!(theta.unwrap_or(10_000.0))),
+        ("rope_scaling", gguf_rope::scaling(fields, name)?),
+        (
+            "tie_word_embeddings",
+            json!(!fields.file.tensors.contains_key("output.weight")),
+        ),
+        (
+            "bos_token_id",
+            json!(fields.token("tokenizer.ggml.bos_token_id")),
+        ),
+        ("eos_token_id", eos_token_id(fields)),
+    ] {
+        keys.insert(key.into(), value);
+    }
+    Ok(keys)
+}
+
+/// Widths of the heads, and what scores are divided by.
+fn heads(
+    fields: &Fields,
+    architecture: &Architecture,
+    keys: &mut Map<String, Value>,
+) -> Result<(), ConfigError> {
+    let name = architecture.name;
+    let heads = fields.required(&format!("{name}.attention.head_count"))?;
+    let hidden = fields.required(&format!("{name}.embedding_length"))?;
+    let kv = fields.size(&format!("{name}.attention.head_count_kv"))?;
+    let quotient = hidden.checked_div(heads).unwrap_or(0);
+    let key = format!("{name}.attention.key_length");
+    let head_dim = fields.size(&key)?.unwrap_or(quotient);
+    keys.insert("num_key_value_heads".into(), json!(kv.unwrap_or(heads)));
+    keys.insert("head_dim".into(), json!(head_dim));
+    let rotary = format!("{name}.rope.dimension_count");
+    for key in [format!("{name}.attention.value_length"), rotary.clone()] {
+        match fields.size(&key)? {
+            Some(width) if key == rotary && architecture.partial_rotary && width < head_dim => {
+                let share = rotary_share(width, head_dim);
+                keys.insert("partial_rotary_factor".into(), json!(share));
+            }
+            Some(width) if width != head_dim => {
+                let expected = format!("the head width {head_dim}");
+                return Err(fields.error(&key, &expected, &width.to_string()));
+            }
+            _ => {}
+        }
+    }
+    if let Some(wide) = architecture.wide_scores {
+        // The file does not say; llama.cpp knows the one model by its layers.
+        let layers = fields.required(&format!("{name}.block_count"))?;
+        let scalar = if layers == wide { quotient } else { head_dim };
+        keys.insert("query_pre_attn_scalar".into(), json!(scalar));
+    }
+    Ok(())
+}
+
+/// The share of a head that rotates, such that `head_dim · share`, cut to a whole number as
+/// transformers does, is `width`.
+fn rotary_share(width: usize, head_dim: usize) -> f64 {
+    let share = width as f64 / head_dim as f64;
+    match head_dim as f64 * share < width as f64 {
+        true => share.next_up(),
+        false => share,
+    }
+}
+
+/// `layer_types` of architectures in which some layers slide: all but the last of so many, or those
+/// that the file lists; none where there is no window.
+fn layers(
+    fields: &Fields,
+    architecture: &Architecture,
+    keys: &mut Map<String, Value>,
+) -> Result<(), ConfigError> {
+    let Some(pattern) = architecture.pattern else {
+        return Ok(());
     };
-    if fields.size("split.count")?.is_some_and(|count| count > 1) {
-        return unsupported(
-            "a GGUF model split over several files",
-            "join them with llama-gguf-split --merge",
-        );
+    let count = fields.required(&format!("{}.block_count", architecture.name))?;
+    if count > config_check::MAX_LAYERS {
+        // The check of the configuration says so.
+        return Ok(());
     }
-    if fields
-        .size("llama.expert_count")?
-        .is_some_and(|count| count > 0)
-    {
-        return unsupported(
-            "a mixture of experts",
-            "use a model with one feed-forward layer a block",
-        );
-    }
+    let key = format!("{}.attention.sliding_window_pattern", architecture.name);
+    let listed = fields.file.metadata.array(&key).map(|list| {
+        let slides = |value: &Metadatum| matches!(value, Metadatum::Bool(true));
+        list.iter().map(slides).collect::<Vec<bool>>()
+    });
+    let pattern = match listed {
+        Some(_) => pattern,
+        None => fields.size(&key)?.unwrap_or(pattern),
+    };
+    let window = keys.get("sliding_window");
+    let windows = window.map_or(architecture.always_slides, |width| !width.is_null());
+    let types: Vec<&str> = (0..count)
+        .map(|layer| match &listed {
+            Some(slides) => slides.get(layer).copied().unwrap_or(false),
+            None => pattern == 0 || layer % pattern + 1 < pattern,
+        })
+        .map(|slides| match slides && windows {
+            true => "sliding_attention",
+            false => "full_attention",
+        })
+        .collect();
+    keys.insert("layer_types".into(), json!(types));
     Ok(())
 }
 
@@ -110,7 +203,7 @@ fn vocab_size(fields: &Fields) -> Result<usize, ConfigError> {
 }
 
 /// Every token at which llama.cpp ends a turn: end of sequence, of turn, of message.
-fn eos_token_ids(fields: &Fields) -> Vec<u32> {
+fn eos_token_id(fields: &Fields) -> Value {
     let mut ids = Vec::new();
     for kind in ["eos", "eot", "eom"] {
         let id = fields.token(&format!("tokenizer.ggml.{kind}_token_id"));
@@ -118,80 +211,81 @@ fn eos_token_ids(fields: &Fields) -> Vec<u32> {
             ids.push(id);
         }
     }
-    ids
+    match ids.as_slice() {
+        [] => Value::Null,
+        [one] => json!(one),
+        several => json!(several),
+    }
 }
 
-/// Rope scaling: the factors' tensor where there is one, else `llama.rope.scaling.*`.
-fn scaling(fields: &Fields, max_positions: usize) -> Result<RopeScaling, ConfigError> {
-    if fields.file.tensors.contains_key(ROPE_FACTORS)
-        && let Ok(factors) = fields.file.read_f32(ROPE_FACTORS)
-    {
-        return Ok(match factors.iter().all(|&factor| factor == 1.0) {
-            true => RopeScaling::Default,
-            false => RopeScaling::Factors(factors),
-        });
-    }
-    let factor = match fields.number("llama.rope.scaling.factor")? {
-        Some(factor) => Some(factor),
-        None => fields.number("llama.rope.scale_linear")?,
-    };
-    let key = "llama.rope.scaling.type";
-    let kind = match (fields.file.metadata.str(key), factor) {
-        (Some(kind), _) => kind,
-        (None, Some(_)) => "linear",
-        (None, None) => "none",
-    };
-    // llama.cpp counts a factor of 0 as absent.
-    let factor = factor.filter(|&factor| factor != 0.0).unwrap_or(1.0);
-    match kind {
-        "linear" if factor != 1.0 => Ok(RopeScaling::Linear { factor }),
-        "none" | "linear" => Ok(RopeScaling::Default),
-        "yarn" => {
-            let number = |name: &str| fields.number(&format!("llama.rope.scaling.{name}"));
-            let stretch = 1.0 + 0.1 * factor.max(1.0).ln();
-            Ok(RopeScaling::Yarn {
-                factor,
-                original_max_position_embeddings: fields
-                    .size("llama.rope.scaling.original_context_length")?
-                    .filter(|&length| length != 0)
-                    .unwrap_or(max_positions),
-                attention_factor: number("attn_factor")?.map(|scale| scale * stretch),
-                beta_fast: number("yarn_beta_fast")?.unwrap_or(32.0),
-                beta_slow: number("yarn_beta_slow")?.unwrap_or(1.0),
-                mscale: None,
-                mscale_all_dim: None,
-                truncate: true,
-            })
+/// Where a tensor of Hugging Face's lies in a GGUF file.
+pub(super) struct Stored {
+    /// The tensor that it is, or part of.
+    pub(super) name: String,
+    /// Its own shape.
+    pub(super) shape: Vec<usize>,
+    /// Which of how many equal parts it is.
+    pub(super) part: (usize, usize),
+}
+
+/// The file's tensors under Hugging Face's names; one that has none keeps its own, and
+/// [`check`](super::weights::check) says that there should be no such tensor.
+pub(super) fn tensors(file: &GgufFile, family: &Family) -> Vec<(String, Stored)> {
+    let mut tensors = Vec::new();
+    for (name, tensor) in &file.tensors {
+        if gguf_rope::TENSORS.contains(&name.as_str()) {
+            continue;
         }
-        other => Err(fields.error(key, "one of none, linear, yarn", &format!("{other:?}"))),
+        let stack = match tensor.shape.as_slice() {
+            [stack, _, _] => Some(*stack),
+            _ => None,
+        };
+        let mut found = names::gguf_to_hf(family, name, stack);
+        let shape = part_shape(&tensor.shape, found.len()).unwrap_or_else(|| {
+            found = vec![name.clone()];
+            tensor.shape.clone()
+        });
+        let parts = found.len();
+        tensors.extend(found.into_iter().enumerate().map(|(part, hf)| {
+            let stored = Stored {
+                name: name.clone(),
+                shape: shape.clone(),
+                part: (part, parts),
+            };
+            (hf, stored)
+        }));
+    }
+    tensors
+}
+
+/// The shape of one of the equal parts of a tensor: of a matrix itself, or of the matrices that are
+/// stacked in it. `None` where it does not divide.
+fn part_shape(shape: &[usize], parts: usize) -> Option<Vec<usize>> {
+    match shape {
+        _ if parts == 0 => None,
+        &[stack, rows, columns] => {
+            let rows = stack * rows;
+            (rows.is_multiple_of(parts)).then(|| vec![rows / parts, columns])
+        }
+        _ => (parts == 1).then(|| shape.to_vec()),
     }
 }
 
-/// The Llama 3 scaling that gives these frequency factors, `None` where there is none. The file
-/// does not keep its parameters, so the published ones are tried.
-pub(super) fn llama3_scaling(theta: f64, factors: &[f32]) -> Option<RopeScaling> {
-    let (low, high) = (1.0, 4.0);
-    let factor = f64::from(factors.iter().copied().fold(1.0, f32::max));
-    (9..=17).map(|power| 1usize << power).find_map(|original| {
-        let context = original as f64;
-        let fits = factors.iter().enumerate().all(|(pair, &found)| {
-            let turns = theta.powf(pair as f64 / factors.len() as f64);
-            let wavelength = 2.0 * std::f64::consts::PI * turns;
-            let smooth = ((context / wavelength - low) / (high - low)).clamp(0.0, 1.0);
-            let expected = 1.0 / ((1.0 - smooth) / factor + smooth);
-            (f64::from(found) - expected).abs() <= 1e-4 * expected
-        });
-        fits.then_some(RopeScaling::Llama3 {
-            factor,
-            low_freq_factor: low,
-            high_freq_factor: high,
-            original_max_position_embeddings: original,
-        })
-    })
+/// A tensor's values as Hugging Face has them; `name` is Hugging Face's.
+pub(super) fn to_hf_values(name: &str, mut values: Vec<f32>, config: &ModelConfig) -> Vec<f32> {
+    let norms = config.family.norm;
+    if norms == NormKind::RmsPlusOne && name.ends_with("norm.weight") {
+        // GGUF holds the factor itself.
+        values.iter_mut().for_each(|value| *value -= 1.0);
+    }
+    match gguf_arch::permutes(config.family) {
+        true => to_hf_rows(name, values, config),
+        false => values,
+    }
 }
 
-/// A tensor's values with its rows in Hugging Face's order; `name` is Hugging Face's.
-pub(super) fn to_hf_rows(name: &str, values: Vec<f32>, config: &ModelConfig) -> Vec<f32> {
+/// The values of q and k with their rows in Hugging Face's order.
+fn to_hf_rows(name: &str, values: Vec<f32>, config: &ModelConfig) -> Vec<f32> {
     let module = name.rsplit_once('.').map_or(name, |(module, _)| module);
     let [queries, keys] = PERMUTED;
     let heads = match module {
@@ -217,61 +311,4 @@ pub(super) fn to_hf_rows(name: &str, values: Vec<f32>, config: &ModelConfig) -> 
         }
     }
     ordered
-}
-
-/// The metadata read by type.
-struct Fields<'a> {
-    file: &'a GgufFile,
-}
-
-impl Fields<'_> {
-    fn error(&self, key: &str, expected: &str, found: &str) -> ConfigError {
-        ConfigError::Value {
-            path: self.file.path().to_path_buf(),
-            key: key.to_string(),
-            expected: expected.to_string(),
-            found: found.to_string(),
-        }
-    }
-
-    fn found(&self, key: &str) -> String {
-        match self.file.metadata.0.get(key) {
-            Some(value) => format!("{value:?}").chars().take(60).collect(),
-            None => "nothing".into(),
-        }
-    }
-
-    fn size(&self, key: &str) -> Result<Option<usize>, ConfigError> {
-        match (
-            self.file.metadata.usize(key),
-            self.file.metadata.0.contains_key(key),
-        ) {
-            (None, true) => Err(self.error(key, "a whole number", &self.found(key))),
-            (size, _) => Ok(size),
-        }
-    }
-
-    fn number(&self, key: &str) -> Result<Option<f64>, ConfigError> {
-        match (
-            self.file.metadata.f64(key),
-            self.file.metadata.0.contains_key(key),
-        ) {
-            (None, true) => Err(self.error(key, "a number", &self.found(key))),
-            (number, _) => Ok(number),
-        }
-    }
-
-    fn required(&self, key: &str) -> Result<usize, ConfigError> {
-        self.size(key)?
-            .ok_or_else(|| self.error(key, "a whole number", "nothing"))
-    }
-
-    fn required_number(&self, key: &str) -> Result<f64, ConfigError> {
-        self.number(key)?
-            .ok_or_else(|| self.error(key, "a number", "nothing"))
-    }
-
-    fn token(&self, key: &str) -> Option<u32> {
-        u32::try_from(self.file.metadata.usize(key)?).ok()
-    }
 }

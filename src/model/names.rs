@@ -4,32 +4,25 @@
 //! a module path with `.weight` or `.bias`.
 
 use super::config::ModelConfig;
-use super::families::Family;
+use super::families::{ExpertFiles, Family, MlpNames};
 
-/// Modules outside the blocks: Hugging Face, GGUF.
-const TOP: &[(&str, &str)] = &[
-    (EMBEDDING, "token_embd"),
-    (FINAL_NORM, "output_norm"),
-    (HEAD, "output"),
-];
-
-/// Modules of a Llama block: Hugging Face, GGUF.
-const LLAMA_BLOCK: &[(&str, &str)] = &[
-    ("input_layernorm", "attn_norm"),
+/// Modules of a block in GGUF, but its norms, which have names by what they stand before or after:
+/// transformers, GGUF. Where gate and up are one, GGUF calls it by the second.
+const BLOCK_MODULES: &[(&str, &str)] = &[
     ("self_attn.q_proj", "attn_q"),
     ("self_attn.k_proj", "attn_k"),
     ("self_attn.v_proj", "attn_v"),
+    ("self_attn.qkv_proj", "attn_qkv"),
+    ("self_attn.q_norm", "attn_q_norm"),
+    ("self_attn.k_norm", "attn_k_norm"),
     ("self_attn.o_proj", "attn_output"),
-    ("post_attention_layernorm", "ffn_norm"),
     ("mlp.gate_proj", "ffn_gate"),
-    ("mlp.up_proj", "ffn_up"),
     ("mlp.down_proj", "ffn_down"),
+    ("mlp.gate", "ffn_gate_inp"),
 ];
 
 /// The token embedding.
 pub const EMBEDDING: &str = "model.embed_tokens";
-/// The norm before the output head, in most families.
-const FINAL_NORM: &str = "model.norm";
 /// The output head.
 pub const HEAD: &str = "lm_head";
 /// What the path of a block's module starts with, before the layer's index.
@@ -76,26 +69,81 @@ impl LoraHalf {
     }
 }
 
-/// The Hugging Face name of a GGUF tensor, `None` for one that has none.
-pub fn gguf_to_hf(name: &str) -> Option<String> {
-    let (module, field) = split_field(name)?;
-    if let Some((hf, _)) = TOP.iter().find(|(_, gguf)| *gguf == module) {
-        return Some(format!("{hf}.{field}"));
+/// The tensors of Hugging Face's files that a GGUF tensor holds, equal parts of it in its order: one
+/// for most; the matrices of all experts for a `stack` of them; none for a name that it does not know.
+pub fn gguf_to_hf(family: &Family, name: &str, stack: Option<usize>) -> Vec<String> {
+    let Some((module, field)) = split_field(name) else {
+        return Vec::new();
+    };
+    let top = [
+        (EMBEDDING, "token_embd"),
+        (family.final_norm, "output_norm"),
+        (HEAD, "output"),
+    ];
+    if let Some((hf, _)) = top.iter().find(|(_, gguf)| *gguf == module) {
+        return vec![format!("{hf}.{field}")];
     }
-    let (layer, part) = split_layer(module.strip_prefix(GGUF_BLOCK)?)?;
-    let (hf, _) = LLAMA_BLOCK.iter().find(|(_, gguf)| *gguf == part)?;
-    Some(format!("{BLOCK}{layer}.{hf}.{field}"))
+    let Some((layer, part)) = module.strip_prefix(GGUF_BLOCK).and_then(split_layer) else {
+        return Vec::new();
+    };
+    let in_block = |path: &str| in_files(family, &format!("{BLOCK}{layer}.{path}.{field}"));
+    match block_module(family, part) {
+        Some(module) => vec![in_block(module)],
+        None => expert_matrices(family, part, stack)
+            .into_iter()
+            .map(|(expert, matrix)| in_block(&format!("mlp.experts.{expert}.{matrix}")))
+            .collect(),
+    }
 }
 
-/// The GGUF name of a Hugging Face tensor, `None` for one that has none.
-pub fn hf_to_gguf(name: &str) -> Option<String> {
-    let (module, field) = split_field(name)?;
-    if let Some((_, gguf)) = TOP.iter().find(|(hf, _)| *hf == module) {
-        return Some(format!("{gguf}.{field}"));
+/// The module of a block that GGUF calls `part`.
+fn block_module(family: &Family, part: &str) -> Option<&'static str> {
+    let norms = &family.norms;
+    match part {
+        "attn_norm" => norms.before_mixer,
+        "post_attention_norm" => norms.after_mixer,
+        "ffn_norm" => norms.before_mlp,
+        "post_ffw_norm" => norms.after_mlp,
+        "ffn_up" => Some(match family.mlp {
+            MlpNames::Fused => "mlp.gate_up_proj",
+            _ => "mlp.up_proj",
+        }),
+        _ => {
+            let (hf, _) = BLOCK_MODULES.iter().find(|(_, gguf)| *gguf == part)?;
+            Some(hf)
+        }
     }
-    let (layer, part) = split_layer(module.strip_prefix(BLOCK)?)?;
-    let (_, gguf) = LLAMA_BLOCK.iter().find(|(hf, _)| *hf == part)?;
-    Some(format!("{GGUF_BLOCK}{layer}.{gguf}.{field}"))
+}
+
+/// The matrices of experts, by expert and name in Hugging Face's files, that GGUF calls `part`:
+/// stacked, or one by one in files from before April 2024.
+fn expert_matrices(
+    family: &Family,
+    part: &str,
+    stack: Option<usize>,
+) -> Vec<(usize, &'static str)> {
+    let ExpertFiles::Each { gate, up, down } = family.expert_files else {
+        return Vec::new();
+    };
+    let one = |part: &str| match part {
+        "ffn_gate" => Some(gate),
+        "ffn_up" => Some(up),
+        "ffn_down" => Some(down),
+        _ => None,
+    };
+    let matrices = match (part.strip_suffix("_exps"), part.rsplit_once('.'), stack) {
+        (Some("ffn_gate_up"), _, Some(_)) => vec![gate, up],
+        (Some(part), _, Some(_)) => one(part).into_iter().collect(),
+        (None, Some((part, expert)), None) => {
+            return (one(part).into_iter())
+                .filter_map(|matrix| Some((index(expert)?, matrix)))
+                .collect();
+        }
+        _ => Vec::new(),
+    };
+    (0..stack.unwrap_or(0))
+        .flat_map(|expert| matrices.iter().map(move |matrix| (expert, *matrix)))
+        .collect()
 }
 
 /// Splits `a.b.weight` into `a.b` and `weight`.
@@ -107,9 +155,14 @@ fn split_field(name: &str) -> Option<(&str, &str)> {
 /// Splits `12.rest` into 12 and `rest`.
 fn split_layer(path: &str) -> Option<(usize, &str)> {
     let (layer, part) = path.split_once('.')?;
-    let index: usize = layer.parse().ok()?;
-    // "007" and "+7" are not what any writer produces; they would make two names one.
-    (index.to_string() == layer).then_some((index, part))
+    Some((index(layer)?, part))
+}
+
+/// The number of a layer or expert. "007" and "+7" are not what any writer produces; they would make
+/// two names one.
+fn index(text: &str) -> Option<usize> {
+    let index: usize = text.parse().ok()?;
+    (index.to_string() == text).then_some(index)
 }
 
 /// The key under which PEFT stores one half of a module's adapter. The embedding's halves are those of
@@ -378,30 +431,58 @@ pub fn in_files(family: &Family, name: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::families;
 
     #[test]
-    fn gguf_names_go_there_and_back() {
-        for (gguf, hf) in [
-            ("token_embd.weight", "model.embed_tokens.weight"),
-            ("output.weight", "lm_head.weight"),
-            ("output_norm.weight", "model.norm.weight"),
-            ("blk.0.attn_q.bias", "model.layers.0.self_attn.q_proj.bias"),
+    fn gguf_names_become_hugging_faces() {
+        let family = |model_type: &str| families::by_model_type(model_type).unwrap();
+        let hf = |model_type: &str, name: &str| gguf_to_hf(family(model_type), name, None);
+        for (family, gguf, expected) in [
+            ("llama", "output.weight", "lm_head.weight"),
             (
+                "llama",
                 "blk.12.ffn_norm.weight",
                 "model.layers.12.post_attention_layernorm.weight",
             ),
+            (
+                "gemma2",
+                "blk.0.ffn_norm.weight",
+                "model.layers.0.pre_feedforward_layernorm.weight",
+            ),
+            (
+                "phi3",
+                "blk.0.ffn_up.weight",
+                "model.layers.0.mlp.gate_up_proj.weight",
+            ),
+            (
+                "mixtral",
+                "blk.3.ffn_gate_inp.weight",
+                "model.layers.3.block_sparse_moe.gate.weight",
+            ),
+            (
+                "mixtral",
+                "blk.3.ffn_down.1.weight",
+                "model.layers.3.block_sparse_moe.experts.1.w2.weight",
+            ),
         ] {
-            assert_eq!(gguf_to_hf(gguf).as_deref(), Some(hf));
-            assert_eq!(hf_to_gguf(hf).as_deref(), Some(gguf));
+            assert_eq!(hf(family, gguf), [expected]);
         }
+        let fused: Vec<String> = ["0.gate_proj", "0.up_proj", "1.gate_proj", "1.up_proj"]
+            .map(|matrix| format!("model.layers.0.mlp.experts.{matrix}.weight"))
+            .to_vec();
+        let name = "blk.0.ffn_gate_up_exps.weight";
+        assert_eq!(gguf_to_hf(family("qwen3_moe"), name, Some(2)), fused);
         for unknown in [
             "rope_freqs.weight",
             "blk.x.attn_q.weight",
             "blk.01.attn_q.weight",
+            "blk.0.post_ffw_norm.weight",
+            "blk.0.ffn_down.+1.weight",
+            "blk.0.ffn_down_exps.weight",
             "blk.0",
             "",
         ] {
-            assert_eq!(gguf_to_hf(unknown), None, "{unknown}");
+            assert!(hf("llama", unknown).is_empty(), "{unknown}");
         }
     }
 

@@ -8,7 +8,7 @@ use std::path::{Component, Path, PathBuf};
 use super::config::{ConfigError, ModelConfig};
 use super::pieces::pieces;
 use super::shard::Shard;
-use super::{causal_lm, names};
+use super::{causal_lm, gguf, names};
 use crate::quant::blocks::BlockKind;
 use crate::quant::gguf::{GgufError, GgufFile};
 
@@ -152,6 +152,8 @@ struct Tensor {
     shard: usize,
     /// Its name in the file.
     stored_name: String,
+    /// Which of how many equal parts of the stored tensor it is; the whole in safetensors.
+    part: (usize, usize),
 }
 
 impl Weights {
@@ -252,6 +254,7 @@ impl Weights {
                     dtype: stored.dtype,
                     shard: number,
                     stored_name: name.clone(),
+                    part: (0, 1),
                 };
                 tensors.insert(name.clone(), tensor);
             }
@@ -266,25 +269,24 @@ impl Weights {
     fn open_gguf(path: &Path, file: &Path) -> Result<Self, WeightsError> {
         let file = GgufFile::open(file)?;
         let config = ModelConfig::from_gguf(&file)?;
-        let mut tensors = BTreeMap::new();
-        for (stored_name, tensor) in &file.tensors {
-            if stored_name == super::gguf::ROPE_FACTORS {
-                continue;
-            }
-            let name = names::gguf_to_hf(stored_name).unwrap_or_else(|| stored_name.clone());
-            let tensor = Tensor {
-                shape: tensor.shape.clone(),
-                dtype: match tensor.kind {
-                    BlockKind::F32 => Dtype::F32,
-                    BlockKind::F16 => Dtype::F16,
-                    BlockKind::Bf16 => Dtype::BF16,
-                    _ => Dtype::Quantised,
-                },
-                shard: 0,
-                stored_name: stored_name.clone(),
-            };
-            tensors.insert(name, tensor);
-        }
+        let tensors = gguf::tensors(&file, config.family)
+            .into_iter()
+            .map(|(name, stored)| {
+                let tensor = Tensor {
+                    shape: stored.shape,
+                    dtype: match file.tensors[&stored.name].kind {
+                        BlockKind::F32 => Dtype::F32,
+                        BlockKind::F16 => Dtype::F16,
+                        BlockKind::Bf16 => Dtype::BF16,
+                        _ => Dtype::Quantised,
+                    },
+                    shard: 0,
+                    stored_name: stored.name,
+                    part: stored.part,
+                };
+                (name, tensor)
+            })
+            .collect();
         Ok(Self {
             path: path.to_path_buf(),
             source: Source::Gguf {
@@ -340,8 +342,9 @@ impl Weights {
                 })
             }
             Source::Gguf { file, config } => {
-                let values = file.read_f32(&tensor.stored_name)?;
-                Ok(super::gguf::to_hf_rows(name, values, config))
+                let (part, parts) = tensor.part;
+                let values = file.read_part(&tensor.stored_name, part, parts)?;
+                Ok(gguf::to_hf_values(name, values, config))
             }
         }
     }

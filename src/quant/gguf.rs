@@ -172,13 +172,26 @@ impl GgufFile {
     /// # Errors
     /// When there is no such tensor.
     pub fn read_f32(&self, name: &str) -> Result<Vec<f32>, GgufError> {
+        self.read_part(name, 0, 1)
+    }
+
+    /// Part `part` of the `parts` equal ones that a tensor's rows make up, dequantised. `parts` must
+    /// divide the number of rows.
+    ///
+    /// # Errors
+    /// When there is no such tensor.
+    pub fn read_part(&self, name: &str, part: usize, parts: usize) -> Result<Vec<f32>, GgufError> {
         let tensor = self.tensors.get(name).ok_or_else(|| GgufError::NoTensor {
             path: self.path.clone(),
             name: name.to_string(),
         })?;
-        let mut values = vec![0f32; tensor.shape.iter().product()];
-        blocks::dequantise(tensor.kind, &self.map[tensor.range.clone()], &mut values);
-        release(&self.map, &tensor.range);
+        let mut values = vec![0f32; tensor.shape.iter().product::<usize>() / parts];
+        // Rows are whole blocks.
+        let bytes = tensor.range.len() / parts;
+        let start = tensor.range.start + part * bytes;
+        let range = start..start + bytes;
+        blocks::dequantise(tensor.kind, &self.map[range.clone()], &mut values);
+        release(&self.map, &range);
         Ok(values)
     }
 }

@@ -14,6 +14,7 @@ use crate::export::sidecar::{copy_notices, directory, read_config};
 use crate::export::write::{PartialDir, WriteError};
 use crate::model::CausalLm;
 use crate::model::config::ConfigError;
+use crate::model::gguf::config_json;
 use crate::model::pieces::pieces;
 use crate::model::weights::{Dtype, Weights};
 use crate::quant::gguf::GgufFile;
@@ -105,7 +106,7 @@ fn write_whole_model(run: &Prepared, model: &mut CausalLm, dir: &Path) -> Result
 /// The base's `config.json` as it is, or made from GGUF metadata.
 fn base_config(run: &Prepared) -> Result<Value, FinishError> {
     match gguf(run) {
-        Some(file) => Ok(run.config.to_hf_json("bfloat16", file.path())?),
+        Some(file) => Ok(config_json(file, "bfloat16")?),
         None => Ok(read_config(directory(&run.base))?),
     }
 }

@@ -8,7 +8,7 @@
 //!    [`FAMILIES`]. Its `configure` reads the keys of `config.json` that other families lack; the
 //!    helpers in `keys.rs` cover windows, layer kinds and experts.
 //! 2. Where its files call tensors otherwise than transformers calls its modules, list the pairs in
-//!    [`Family::renames`]; for GGUF files, add its row to the tables in `model/names.rs`.
+//!    [`Family::renames`]; for GGUF files, add its row to the table in `model/gguf_arch.rs`.
 //! 3. Add it to `tests/golden/spec.json`, run `make_reference.py --set public --only models`, and
 //!    the golden test finds the new case. The README's table follows from the cases that pass.
 //!
