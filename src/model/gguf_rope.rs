@@ -39,15 +39,13 @@ pub(super) fn scaling(fields: &Fields, prefix: &str) -> Result<Value, ConfigErro
     }
     let rope = |name: &str| format!("{prefix}.rope.scaling.{name}");
     if let [Some(short), Some(long)] = LONG_ROPE.map(|name| read(fields, name)) {
-        let mut long = json!({
-            "rope_type": "longrope",
+        // transformers 4 takes these three keys and no other. The file's scale of cos and sin is
+        // the one that follows from both context lengths.
+        return Ok(json!({
+            "type": "longrope",
             "short_factor": decimals(&short),
             "long_factor": decimals(&long),
-        });
-        if let Some(factor) = fields.number(&rope("attn_factor"))? {
-            long["attention_factor"] = json!(factor);
-        }
-        return Ok(long);
+        }));
     }
     let factor = match fields.number(&rope("factor"))? {
         Some(factor) => Some(factor),

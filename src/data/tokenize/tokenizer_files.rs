@@ -72,7 +72,7 @@ pub enum TokenizerError {
     Template(#[from] TemplateError),
     /// A GGUF file with another kind of tokenizer.
     #[error(
-        "tokenizer.ggml.model is `{found}`; only `gpt2` (byte-level BPE) is supported: use the model's safetensors directory with its tokenizer.json"
+        "tokenizer.ggml.model is `{found}`; only `gpt2` (byte-level BPE) is supported: put the model's tokenizer.json and tokenizer_config.json beside the file, the only GGUF in its directory, and name the directory"
     )]
     UnsupportedModel {
         /// What was found.
