@@ -1,4 +1,4 @@
-"""What llama.cpp's converter makes of the golden models: tests/golden/quant/gguf/converted.json.
+"""What llama.cpp's converter makes of the golden models: tests/golden/converted.json.
 
 For each model: its configuration, its architecture in GGUF, the metadata, every tensor with shape and
 CRC-32 of its f32 bytes, and the names that gguf-py's TensorNameMap gives to Hugging Face's tensors.
@@ -117,7 +117,7 @@ def main():
             "names": {key: model.tensor_map.get_name(key, suffixes) for key in stored},
         }
     lines = (f" {json.dumps(name)}: {json.dumps(value)}" for name, value in converted.items())
-    (golden / "quant/gguf/converted.json").write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    (golden / "converted.json").write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
 main()

@@ -23,7 +23,7 @@ use crate::reference::{Tensors, distance, flat, own, tolerance};
 
 /// The goldens by name, as the converter had them.
 fn converted() -> BTreeMap<String, Value> {
-    let text = fs::read(own().join("quant/gguf/converted.json")).unwrap();
+    let text = fs::read(own().join("converted.json")).unwrap();
     serde_json::from_slice(&text).unwrap()
 }
 

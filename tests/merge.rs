@@ -456,7 +456,7 @@ fn a_fully_trained_model_is_written_from_its_values() {
             .all(|name| model.dtype(name) == Some(Dtype::F16))
     );
     assert_eq!(
-        json_file(&dir.path().join("config.json"))["torch_dtype"],
+        json_file(&dir.path().join("config.json"))["dtype"],
         "float16"
     );
     let short = |_: &str| -> Result<Vec<f32>, WriteError> { Ok(vec![0.0]) };
