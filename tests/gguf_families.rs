@@ -10,6 +10,8 @@ use std::fs;
 use std::path::Path;
 
 use burn::tensor::Device;
+use lorafit::export::merged::{MergeJob, merge};
+use lorafit::export::model::{DEFAULT_SHARD_SIZE, SaveDtype};
 use lorafit::model::config::{ModelConfig, RopeScaling};
 use lorafit::model::gguf::config_json;
 use lorafit::model::weights::{Weights, check};
@@ -178,6 +180,15 @@ fn crc32(bytes: &[u8]) -> u32 {
     })
 }
 
+/// Whether a tensor's values are the golden's; of Gemma's norms, but for the rounding of 1 + w, which
+/// is half of 2^-22 where the sum is below 4.
+fn equal(model: &str, tensor: &str, got: &[f32], want: &[f32]) -> bool {
+    let shifted = model.starts_with("gemma") && tensor.ends_with("norm.weight");
+    let tolerance = if shifted { 2f32.powi(-23) } else { 0.0 };
+    got.len() == want.len()
+        && (got.iter().zip(want)).all(|(got, want)| (got - want).abs() <= tolerance)
+}
+
 /// A golden as a directory and as a GGUF file.
 struct Pair {
     dir: tempfile::TempDir,
@@ -204,15 +215,7 @@ impl Pair {
             assert_eq!(weights.shape(tensor), self.golden.shape(tensor), "{tensor}");
             let got = weights.read_f32(tensor).unwrap();
             let want = self.golden.read_f32(tensor).unwrap();
-            // Adding 1 to Gemma's norms rounds to 2^-23 where the sum is below 2, 2^-22 below 4.
-            let shifted = name.starts_with("gemma") && tensor.ends_with("norm.weight");
-            let tolerance = if shifted { 2f32.powi(-23) } else { 0.0 };
-            for (got, want) in got.iter().zip(&want) {
-                assert!(
-                    (got - want).abs() <= tolerance,
-                    "{name}: {tensor}: {got} {want}"
-                );
-            }
+            assert!(equal(name, tensor, &got, &want), "{name}: {tensor}");
         }
         let golden = Tensors::open(&own().join("models").join(name).join("expected.safetensors"));
         let logits = |weights: &Weights, config: ModelConfig| -> Vec<f32> {
@@ -331,6 +334,46 @@ fn experts_read_one_by_one_and_with_gate_and_up_in_one() {
     let (_dir, weights) = pair.file.open().unwrap();
     let config = weights.config().unwrap();
     pair.agrees("qwen3_moe", &weights, config);
+}
+
+#[test]
+fn merges_into_a_gguf_base_are_those_into_its_safetensors() {
+    for (name, case) in [
+        ("gemma2", "gemma2_lora"),
+        ("mixtral", "mixtral_attention"),
+        ("phi3", "phi3_fused"),
+    ] {
+        let pair = Pair::new(name);
+        let (dir, _weights) = pair.file.open().unwrap();
+        for file in ["tokenizer.json", "tokenizer_config.json"] {
+            fs::copy(own().join("tokenizer").join(file), dir.path().join(file)).unwrap();
+        }
+        let outside = tempfile::tempdir().unwrap();
+        let merged = |base: &Path, out: &str| {
+            let job = MergeJob {
+                base,
+                adapter: &own().join("lora").join(case).join("adapter_final"),
+                out: &outside.path().join(out),
+                dtype: Some(SaveDtype::F32),
+                shard_size: DEFAULT_SHARD_SIZE,
+            };
+            merge(&job, &mut |_| ()).unwrap_or_else(|error| panic!("{name}: {error}"));
+            Weights::open(job.out).unwrap()
+        };
+        let got = merged(dir.path(), "of_gguf");
+        let want = merged(pair.dir.path(), "of_safetensors");
+        let config = got.config().unwrap();
+        assert_eq!(config, expected_config(name, &pair, &config), "{name}");
+        check(&got, &config).unwrap();
+        assert!(got.names().eq(want.names()), "{name}");
+        for tensor in got.names() {
+            let (got, want) = (
+                got.read_f32(tensor).unwrap(),
+                want.read_f32(tensor).unwrap(),
+            );
+            assert!(equal(name, tensor, &got, &want), "{name}: {tensor}");
+        }
+    }
 }
 
 #[test]
