@@ -126,7 +126,7 @@ impl Rewritten {
         self.metadata.push((key.into(), value));
     }
 
-    fn bytes(&self) -> Vec<u8> {
+    pub fn bytes(&self) -> Vec<u8> {
         let mut out = b"GGUF\x03\0\0\0".to_vec();
         out.extend((self.tensors.len() as u64).to_le_bytes());
         out.extend((self.metadata.len() as u64).to_le_bytes());
@@ -220,6 +220,16 @@ fn rope_scaling_is_read_and_written_back() {
         } => assert_eq!((factor, original_max_position_embeddings), (2.5, 32)),
         other => panic!("{other:?}"),
     }
+
+    file.set("llama.rope.scaling.yarn_attn_factor", Value::Float(1.25));
+    let config = file.open().unwrap().1.config().unwrap();
+    let RopeScaling::Yarn {
+        attention_factor, ..
+    } = config.ropes[0].scaling
+    else {
+        panic!("{:?}", config.ropes[0].scaling)
+    };
+    assert_eq!(attention_factor, Some(1.25));
 
     file.set("llama.rope.scaling.type", Value::String("longrope".into()));
     let error = file.open().unwrap_err();

@@ -22,6 +22,7 @@ use serde_json::Value;
 
 use crate::gguf::Rewritten;
 use crate::reference::{Tensors, distance, flat, own, tolerance};
+use crate::weights::Random;
 
 /// The goldens by name, as the converter had them.
 fn converted() -> BTreeMap<String, Value> {
@@ -386,6 +387,37 @@ fn a_stack_of_other_experts_than_the_metadata_says_is_a_fault() {
         .to_string();
     let extra = "extra: model.layers.0.block_sparse_moe.experts.3.w1.weight [40, 32]";
     assert!(error.contains(extra), "{error}");
+}
+
+#[test]
+fn damaged_files_of_each_kind_never_panic() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("model.gguf");
+    let mut random = Random(17);
+    for name in ["mixtral", "gemma3_text", "phi3_longrope"] {
+        let file = Pair::new(name).file;
+        let whole = file.bytes();
+        let values: usize = file.tensors.iter().map(|(_, _, values)| values.len()).sum();
+        let header = whole.len() - 4 * values;
+        let mut opened = 0;
+        for _ in 0..500 {
+            let mut bytes = whole.clone();
+            random.mutate(&mut bytes, header);
+            fs::write(&path, &bytes).unwrap();
+            if let Ok(weights) = Weights::open(&path) {
+                opened += 1;
+                for tensor in weights.names() {
+                    weights.read_f32(tensor).unwrap();
+                }
+                let _ = check(&weights, &weights.config().unwrap());
+                let _ = config_json(weights.gguf().unwrap(), "float32");
+            }
+        }
+        assert!(
+            opened > 10,
+            "{name}: {opened} of the damaged files still open"
+        );
+    }
 }
 
 #[test]

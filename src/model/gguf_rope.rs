@@ -82,7 +82,11 @@ fn yarn(fields: &Fields, prefix: &str, factor: f64) -> Result<Value, ConfigError
         "beta_fast": fields.number(&key("yarn_beta_fast"))?.unwrap_or(32.0),
         "beta_slow": fields.number(&key("yarn_beta_slow"))?.unwrap_or(1.0),
     });
-    if let Some(scale) = fields.number(&key("attn_factor"))? {
+    // The converter keeps transformers' `attention_factor` under the first; the second, which older
+    // files have, multiplies what follows from the factor.
+    if let Some(scale) = fields.number(&key("yarn_attn_factor"))? {
+        yarn["attention_factor"] = json!(scale);
+    } else if let Some(scale) = fields.number(&key("attn_factor"))? {
         yarn["attention_factor"] = json!(scale * (1.0 + 0.1 * factor.max(1.0).ln()));
     }
     Ok(yarn)

@@ -1,4 +1,4 @@
-//! The one table of renames: Hugging Face ↔ GGUF tensor names, PEFT keys ↔ module paths.
+//! The one table of renames: GGUF tensors → Hugging Face's, PEFT keys ↔ module paths.
 //!
 //! A *module path* is Hugging Face's, such as `model.layers.0.self_attn.q_proj`; a tensor name is
 //! a module path with `.weight` or `.bias`.
