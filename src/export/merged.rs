@@ -15,9 +15,9 @@ use super::sidecar::{copy_notices, copy_tokenizer, directory, has_tokenizer, rea
 use super::write::{PartialDir, WriteError, is_taken};
 use crate::adapter::peft::{PeftError, read_adapter};
 use crate::data::tokenize::ChatTokenizer;
-use crate::model::config::{ConfigError, ModelConfig};
+use crate::model::config::ConfigError;
+use crate::model::gguf;
 use crate::model::weights::{Dtype, Weights, WeightsError, check};
-use crate::model::{gguf, names};
 
 /// Why a merge failed.
 #[derive(Debug, thiserror::Error)]

@@ -97,6 +97,10 @@ fn keys(fields: &Fields, architecture: &Architecture) -> Result<Map<String, Valu
             "bos_token_id",
             json!(fields.token("tokenizer.ggml.bos_token_id")),
         ),
+        (
+            "pad_token_id",
+            json!(fields.token("tokenizer.ggml.padding_token_id")),
+        ),
         ("eos_token_id", eos_token_id(fields)),
         (
             "pad_token_id",
