@@ -5,7 +5,7 @@ use std::path::Path;
 
 use lorafit::adapter::config::{AdapterConfig, AdapterConfigError};
 use lorafit::adapter::inject::{self, Init};
-use lorafit::adapter::peft::{self, AdapterWeights};
+use lorafit::adapter::peft::{self, AdapterWeights, LoraPair};
 use lorafit::data::batch::Batch;
 use lorafit::device::to_vec;
 use lorafit::export::merged::{MergeJob, merge};
@@ -57,9 +57,6 @@ impl Hyper {
             if !known.contains(&key.as_str()) {
                 return Err(not_yet(format!("the optimizer's {key}")));
             }
-        }
-        if case.join("base_residual.safetensors").exists() {
-            return Err(not_yet("an initialisation that changes the base"));
         }
         Ok(Self { json })
     }
@@ -124,9 +121,13 @@ fn lora_case(case: &Path) -> Case {
     let mut model = load(&base)?;
     let (config, weights) = read_adapter(&case.join("adapter_init"))?;
     let modules = peft::fit_model(case, &config, &weights, model.config()).map_err(failed)?;
+    let config = with_init(config, case)?;
     inject::inject(&mut model, &config, &modules, &Init::Loaded(&weights));
     let expected = Tensors::open(&case.join("expected.safetensors"));
     let mut figures = Figures::default();
+    if config.taken_out().is_some() {
+        check_residual(&mut model, case, &mut figures);
+    }
     let probe = |model: &CausalLm| probe(model, &expected);
     let before = expected.floats("logits_before");
     figures.check(
@@ -144,9 +145,48 @@ fn lora_case(case: &Path) -> Case {
         off,
         tolerance::TRAINED_LOGITS,
     );
-    check_final(&mut model, case, &mut figures)?;
-    check_merge(case, &base, &expected, &mut figures)?;
+    // What was trained beside a changed base is saved for the base as it was.
+    let plain = case.join("adapter_final_as_plain_lora");
+    let last = match config.taken_out() {
+        Some(_) => plain,
+        None => case.join("adapter_final"),
+    };
+    check_final(&mut model, &last, &config.as_written(), &mut figures)?;
+    check_merge(&last, &base, &expected, &mut figures)?;
     figures.verdict()
+}
+
+/// The configuration with the initialisation that the case's author asked for: PEFT's files say of a
+/// changed base only that A and B are given.
+fn with_init(config: AdapterConfig, case: &Path) -> Result<AdapterConfig, Verdict> {
+    let spec = std::fs::read_to_string(reference().join("spec.json")).map_err(failed)?;
+    let spec: Value = serde_json::from_str(&spec).map_err(failed)?;
+    let name = case.file_name().expect("a name").to_string_lossy();
+    let init = &spec["lora"][name.as_ref()]["peft"]["init_lora_weights"];
+    let config = match init {
+        Value::Null => config,
+        init => AdapterConfig {
+            init_lora_weights: init.clone(),
+            ..config
+        },
+    };
+    match config.taken_out() {
+        None if case.join("base_residual.safetensors").exists() => {
+            Err(not_yet(format!("the initialisation {init}")))
+        }
+        _ => Ok(config),
+    }
+}
+
+/// The base has lost what PEFT takes out of it.
+fn check_residual(model: &mut CausalLm, case: &Path, figures: &mut Figures) {
+    let residual = Tensors::open(&case.join("base_residual.safetensors"));
+    model.visit(&mut |name, parameter| {
+        if !parameter.is_trainable() && residual.file().names().contains(&name) {
+            let off = distance(&to_vec(parameter.flat()), &residual.floats(name));
+            figures.check("residual", name, off, tolerance::ADAPTER);
+        }
+    });
 }
 
 fn probe(model: &CausalLm, expected: &Tensors) -> Vec<f32> {
@@ -282,11 +322,20 @@ fn transposed(values: &[f32], rows: usize) -> Vec<f32> {
         .collect()
 }
 
-fn check_final(model: &mut CausalLm, case: &Path, figures: &mut Figures) -> Result<(), Verdict> {
-    let (_, want) = peft::read_adapter(&case.join("adapter_final")).map_err(failed)?;
+fn check_final(
+    model: &mut CausalLm,
+    dir: &Path,
+    config: &AdapterConfig,
+    figures: &mut Figures,
+) -> Result<(), Verdict> {
+    let (written, want) = peft::read_adapter(dir).map_err(failed)?;
     let got = inject::extract(model);
     if !got.pairs.keys().eq(want.pairs.keys()) || !got.saved.keys().eq(want.saved.keys()) {
         return Err(failed("the trained modules differ"));
+    }
+    let scale = |config: &AdapterConfig| (config.targeting.rank, config.targeting.alpha);
+    if scale(config) != scale(&written) {
+        return Err(failed("rank and alpha differ"));
     }
     let mut check = |name: String, got: &[f32], want: &[f32]| {
         let want: Vec<f64> = want.iter().map(|&x| f64::from(x)).collect();
@@ -294,6 +343,11 @@ fn check_final(model: &mut CausalLm, case: &Path, figures: &mut Figures) -> Resu
     };
     for (module, want) in &want.pairs {
         let got = &got.pairs[module];
+        if is_doubled(dir) {
+            // Singular vectors have no sign: only the product is the same.
+            check(format!("{module} B A"), &product(got), &product(want));
+            continue;
+        }
         check(format!("{module} A"), &got.a, &want.a);
         check(format!("{module} B"), &got.b, &want.b);
         if let (Some(got), Some(want)) = (&got.magnitude, &want.magnitude) {
@@ -323,9 +377,29 @@ fn check_final(model: &mut CausalLm, case: &Path, figures: &mut Figures) -> Resu
     Ok(())
 }
 
+/// Whether an adapter was made plain, so that it holds singular vectors of the base.
+fn is_doubled(dir: &Path) -> bool {
+    dir.ends_with("adapter_final_as_plain_lora")
+}
+
+/// `B A`, row-major.
+fn product(pair: &LoraPair) -> Vec<f32> {
+    let ([rank, input], [out, _]) = (pair.a_shape, pair.b_shape);
+    let mut product = vec![0f32; out * input];
+    for (row, b) in product
+        .chunks_exact_mut(input)
+        .zip(pair.b.chunks_exact(rank))
+    {
+        for (b, a) in b.iter().zip(pair.a.chunks_exact(input)) {
+            row.iter_mut().zip(a).for_each(|(to, a)| *to += b * a);
+        }
+    }
+    product
+}
+
 /// PEFT's own final adapter, merged here, gives the logits of PEFT's merge.
 fn check_merge(
-    case: &Path,
+    adapter: &Path,
     base: &Path,
     expected: &Tensors,
     figures: &mut Figures,
@@ -334,7 +408,7 @@ fn check_merge(
     let out = scratch.path().join("merged");
     let job = MergeJob {
         base,
-        adapter: &case.join("adapter_final"),
+        adapter,
         out: &out,
         // The reference merges in f32, whatever the base is stored in.
         dtype: Some(SaveDtype::F32),

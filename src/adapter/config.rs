@@ -9,10 +9,11 @@ use std::path::{Path, PathBuf};
 use serde_json::{Map, Value, json};
 
 use super::config_read::Reader;
+use super::residual::TakenOut;
 use super::target::Targeting;
 use super::vera::{self, VeraConfig};
 pub use crate::recipe::plan::TrainedBias;
-use crate::recipe::plan::{AdapterPlan, TargetModules};
+use crate::recipe::plan::{AdapterPlan, InitMethod, TargetModules};
 
 /// The file's name in an adapter directory.
 pub const CONFIG_FILE: &str = "adapter_config.json";
@@ -84,7 +85,8 @@ pub struct AdapterConfig {
     pub lists_no_parameters: bool,
     /// Ends of the paths of modules that train whole and are saved whole.
     pub modules_to_save: Vec<String>,
-    /// How the first weights were drawn: `true`, `false`, `"gaussian"`, `"orthogonal"` or `"eva"`.
+    /// How the first weights were made: `true`, `false`, `"gaussian"`, `"orthogonal"`, `"eva"`,
+    /// `"pissa"` or `"olora"`.
     pub init_lora_weights: Value,
     /// Keys that PEFT 0.21 does not know.
     pub unknown: Map<String, Value>,
@@ -123,8 +125,9 @@ fn unsupported_keys() -> [(&'static str, Value); 13] {
     ]
 }
 
-/// Initialisations that change neither the base nor what `B·A` means.
-const KNOWN_INIT: [&str; 3] = ["gaussian", "orthogonal", "eva"];
+/// Initialisations that change neither the base nor what `B·A` means, and the two of them that do and
+/// can be repeated: the file then belongs to a base without what they took out of it.
+const KNOWN_INIT: [&str; 5] = ["gaussian", "orthogonal", "eva", "pissa", "olora"];
 
 impl AdapterConfig {
     /// Whether the module trains whole: PEFT compares ends of paths, without regard for dots.
@@ -150,11 +153,44 @@ impl AdapterConfig {
         }
     }
 
+    /// What the adapter takes out of the base before it trains, if it does.
+    pub fn taken_out(&self) -> Option<TakenOut> {
+        match self.init_lora_weights.as_str() {
+            Some("pissa") => Some(TakenOut::Principal),
+            Some("olora") => Some(TakenOut::FirstColumns),
+            _ => None,
+        }
+    }
+
+    /// The configuration that is saved. Where the base lost something at first, it is that of the same
+    /// adapter for the base as it was, in which every delta has become the difference of two: twice
+    /// the rank, and an alpha that leaves the scaling.
+    pub fn as_written(&self) -> Self {
+        let mut plain = self.clone();
+        if self.taken_out().is_none() {
+            return plain;
+        }
+        plain.init_lora_weights = Value::Bool(true);
+        let t = &mut plain.targeting;
+        let factor = if t.use_rslora { 2f64.sqrt() } else { 2.0 };
+        t.rank *= 2;
+        t.alpha *= factor;
+        t.rank_pattern.iter_mut().for_each(|(_, rank)| *rank *= 2);
+        t.alpha_pattern
+            .iter_mut()
+            .for_each(|(_, alpha)| *alpha *= factor);
+        plain
+    }
+
     /// The same with what a plan says beyond its choice of modules.
     pub fn with_plan(self, plan: &AdapterPlan) -> Self {
         Self {
             use_dora: plan.use_dora,
             bias: plan.bias,
+            init_lora_weights: match plan.init_lora_weights {
+                InitMethod::Kaiming => Value::Bool(true),
+                method => json!(method),
+            },
             modules_to_save: plan.modules_to_save.clone().unwrap_or_default(),
             ..self
         }

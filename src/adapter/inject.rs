@@ -16,7 +16,8 @@ use crate::random::Stream;
 
 /// The first values of adapters.
 pub enum Init<'a> {
-    /// A uniform in ±1/√in and B zero, as PEFT draws them (Kaiming uniform with a = √5).
+    /// As the configuration says: at first, A uniform in ±1/√in and B zero (Kaiming uniform with
+    /// a = √5).
     Fresh {
         /// Seed of A.
         seed: u64,
@@ -44,40 +45,70 @@ pub fn inject(
         train_whole(model, config, &by_module, init);
         return;
     }
-    for (path, weight, delta) in model.deltas() {
+    if config.taken_out().is_some() && by_module.contains_key(names::HEAD) {
+        // What the head loses the embedding keeps.
+        model.untie();
+    }
+    let mut residuals = BTreeMap::new();
+    for (path, mut weight, delta) in model.deltas() {
         let Some(&(index, adapter)) = by_module.get(path.as_str()) else {
             continue;
         };
-        let pair = match init {
-            Init::Fresh { seed } => {
+        let is_embedding = path == names::EMBEDDING;
+        let (rank, scaling) = (adapter.rank, adapter.scaling);
+        let start = config.taken_out().filter(|_| !is_embedding).map(|taken| {
+            let values = to_vec(Parameter::Matrix(&mut weight).flat());
+            taken.first_values(&values, weight.dims(), rank, scaling)
+        });
+        let pair = match (init, &start) {
+            (Init::Fresh { .. }, Some(start)) => start.clone(),
+            (Init::Fresh { seed }, None) => {
                 let stream = Stream::new(*seed).split(0xA).split(index as u64);
-                match path == names::EMBEDDING {
-                    true => fresh_embedding(weight.dims(), adapter.rank, stream),
-                    false => fresh(weight.dims(), adapter.rank, stream),
+                match is_embedding {
+                    true => fresh_embedding(weight.dims(), rank, stream),
+                    false => fresh(weight.dims(), rank, config.first_a(rank), stream),
                 }
             }
-            Init::Loaded(loaded) => match loaded.pairs.get(&path) {
+            (Init::Loaded(loaded), _) => match loaded.pairs.get(&path) {
                 Some(pair) => pair.clone(),
                 None => continue,
             },
         };
+        let start = start.map(|start| {
+            let matrix =
+                |values, shape| Tensor::<2>::from_data(TensorData::new(values, shape), &device);
+            (
+                matrix(start.a, start.a_shape),
+                matrix(start.b, start.b_shape),
+            )
+        });
+        if let Some((a, b)) = &start {
+            weight = weight - b.clone().matmul(a.clone()) * scaling;
+            residuals.insert(format!("{path}.weight"), weight.clone());
+        }
         let mut lora = LoraDelta {
             lora_a: leaf(pair.a, pair.a_shape, &device),
             lora_b: leaf(pair.b, pair.b_shape, &device),
-            scaling: adapter.scaling,
+            scaling,
             magnitude: None,
             lambdas: None,
+            start,
             dropout: config.lora_dropout,
             module: index as u64,
         };
         if config.use_dora {
-            lora.magnitude = Some(match path == names::EMBEDDING {
+            lora.magnitude = Some(match is_embedding {
                 true => magnitude(&weight.transpose(), &lora.transposed(), pair.magnitude),
                 false => magnitude(&weight, &lora, pair.magnitude),
             });
         }
         *delta = Some(lora);
     }
+    model.visit(&mut |name, mut parameter| {
+        if let Some(mut residual) = residuals.remove(name) {
+            parameter.set_flat(Parameter::Matrix(&mut residual).flat());
+        }
+    });
     inject_experts(model, config, &by_module, init);
     train_whole(model, config, &by_module, init);
 }
@@ -134,6 +165,7 @@ fn inject_vera(
                 b: vector(first.b),
                 in_features,
             }),
+            start: None,
             dropout: config.lora_dropout,
             module: index as u64,
         });
@@ -156,7 +188,8 @@ fn inject_experts(
         let pair = match init {
             Init::Fresh { seed } => {
                 let stream = Stream::new(*seed).split(0xA).split(index as u64);
-                fresh([out, input], experts * adapter.rank, stream)
+                let first = config.first_a(adapter.rank);
+                fresh([out, input], experts * adapter.rank, first, stream)
             }
             Init::Loaded(loaded) => match loaded.pairs.get(&path) {
                 Some(pair) => pair.clone(),
@@ -180,12 +213,31 @@ fn leaf(values: Vec<f32>, shape: [usize; 2], device: &Device) -> Tensor<2> {
         .require_grad()
 }
 
+/// How the A of a fresh delta is drawn.
+enum FirstA {
+    /// Uniform in ±1/√in.
+    Kaiming,
+    /// Normal with this standard deviation.
+    Gaussian(f64),
+}
+
+impl AdapterConfig {
+    fn first_a(&self, rank: usize) -> FirstA {
+        match self.init_lora_weights == "gaussian" {
+            true => FirstA::Gaussian(1.0 / rank as f64),
+            false => FirstA::Kaiming,
+        }
+    }
+}
+
 /// The first values of a delta.
-fn fresh([out, input]: [usize; 2], rank: usize, stream: Stream) -> LoraPair {
+fn fresh([out, input]: [usize; 2], rank: usize, first: FirstA, stream: Stream) -> LoraPair {
     let bound = 1.0 / (input as f64).sqrt();
-    let a = (0..(rank * input) as u64)
-        .map(|i| ((2.0 * stream.uniform(i) - 1.0) * bound) as f32)
-        .collect();
+    let draw = |i| match first {
+        FirstA::Kaiming => (2.0 * stream.uniform(i) - 1.0) * bound,
+        FirstA::Gaussian(deviation) => stream.normal(i) * deviation,
+    };
+    let a = (0..(rank * input) as u64).map(|i| draw(i) as f32).collect();
     LoraPair {
         a,
         a_shape: [rank, input],
@@ -268,6 +320,9 @@ pub fn train_all(model: &mut CausalLm) {
 }
 
 /// The adapter's current values.
+///
+/// Of deltas that began with a part of the base, the difference is given: a delta of twice the rank for
+/// the base as it was ([`AdapterConfig::as_written`] is the configuration that goes with it).
 pub fn extract(model: &mut CausalLm) -> AdapterWeights {
     let mut adapter = AdapterWeights::default();
     for (path, _, delta) in model.deltas() {
@@ -283,6 +338,9 @@ pub fn extract(model: &mut CausalLm) -> AdapterWeights {
                 continue;
             }
             let mut pair = pair_of(&lora.lora_a, &lora.lora_b);
+            if let Some((a, b)) = &lora.start {
+                pair = pair.minus(&pair_of(a, b));
+            }
             pair.magnitude =
                 (lora.magnitude.as_mut()).map(|m| to_vec(Parameter::Vector(&mut m.vector).flat()));
             adapter.pairs.insert(path, pair);

@@ -15,7 +15,7 @@ pub fn show(prepared: &Prepared, renderer: &mut Renderer) {
     };
     let modules = choice.modules.iter().map(|chosen| chosen.module.as_str());
     let findings = findings(&Adapter {
-        config: choice.config.to_json(),
+        config: choice.config.as_written().to_json(),
         modules: modules.collect(),
         has_biases: has_biases(prepared, choice),
         model_type: prepared.config.family.model_type,

@@ -13,6 +13,7 @@ use super::safetensors::TensorInfo;
 use crate::adapter::experts;
 use crate::adapter::merge::{DeltaSize, merge_into, merge_into_embedding, replace};
 use crate::adapter::peft::{AdapterConfig, AdapterWeights, LoraPair, Saved, fit_model};
+use crate::adapter::residual::TakenOut;
 use crate::adapter::target::ModuleAdapter;
 use crate::model::config::ModelConfig;
 use crate::model::names;
@@ -48,6 +49,8 @@ pub(super) struct Merger<'a> {
     changes: BTreeMap<String, Change>,
     /// Whether the output head, which is the embedding in the base, is written as its own.
     pub(super) untied: bool,
+    /// What the base lost before the adapter trained.
+    taken_out: Option<TakenOut>,
     modules: Vec<MergedModule>,
     unchanged: Vec<String>,
     total: DeltaSize,
@@ -109,6 +112,7 @@ impl<'a> Merger<'a> {
             job,
             weights,
             untied,
+            taken_out: adapter.taken_out(),
             changes,
             modules,
             unchanged,
@@ -167,7 +171,13 @@ impl<'a> Merger<'a> {
         let mut values = self.weights.read_f32(name)?;
         let (module, scaling, size) = match change {
             None => return Ok(Cow::Owned(dtype.encode(&values).into_owned())),
-            Some(Change::Delta(module, pairs, scaling)) => {
+            Some(Change::Delta(module, mut pairs, scaling)) => {
+                if let (Some(taken), [pair]) = (self.taken_out, &mut pairs[..])
+                    && module != names::EMBEDDING
+                {
+                    let (rank, shape) = (pair.a_shape[0], [pair.b_shape[0], pair.a_shape[1]]);
+                    *pair = pair.minus(&taken.first_values(&values, shape, rank, scaling));
+                }
                 let matrix = values.len() / pairs.len();
                 let parts = values.chunks_mut(matrix.max(1)).zip(&pairs);
                 let sizes = parts.map(|(w, pair)| match module == names::EMBEDDING {

@@ -30,6 +30,8 @@ pub struct LoraDelta {
     pub magnitude: Option<Magnitude>,
     /// What trains in VeRA, where A and B are frozen, shared, and wider than this layer.
     pub lambdas: Option<Lambdas>,
+    /// The first A and B where the base lost `s B A` at first (PiSSA, OLoRA); they do not train.
+    pub start: Option<(Tensor<2>, Tensor<2>)>,
     /// Probability of dropping an element of the delta's input in training.
     pub dropout: f64,
     /// Tells this layer's dropout masks from those of other layers.

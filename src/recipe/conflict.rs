@@ -30,6 +30,7 @@ const FROM_PEFT: &[&str] = &[
     "adapter.target_parameters",
     "adapter.use_rslora",
     "adapter.use_dora",
+    "adapter.init_lora_weights",
     "adapter.bias",
     "adapter.modules_to_save",
 ];
@@ -43,6 +44,7 @@ const LORA_ALONE: &[&str] = &[
     "adapter.target_parameters",
     "adapter.use_rslora",
     "adapter.use_dora",
+    "adapter.init_lora_weights",
     "train.loraplus_lr_ratio",
     "train.loraplus_lr_embedding",
 ];

@@ -306,6 +306,8 @@ pub struct AdapterPlan {
     pub use_rslora: bool,
     /// Whether rows of adapted weights have lengths of their own (DoRA, arXiv 2402.09353).
     pub use_dora: bool,
+    /// The first values of the adapters.
+    pub init_lora_weights: InitMethod,
     /// Which biases train beside the adapters.
     pub bias: TrainedBias,
     /// Ends of the paths of modules that train whole.
@@ -324,6 +326,21 @@ pub enum AdapterMethod {
     Vera,
     /// All weights train.
     Full,
+}
+
+/// The first values of adapters, as PEFT's `init_lora_weights` names them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum InitMethod {
+    /// A uniform, B zero.
+    #[default]
+    Kaiming,
+    /// A normal, B zero.
+    Gaussian,
+    /// The principal singular vectors, which the base loses (PiSSA, arXiv 2404.02948).
+    Pissa,
+    /// The first columns of a QR decomposition, which the base loses (OLoRA, arXiv 2406.01775).
+    Olora,
 }
 
 /// Which biases of the base train beside the deltas.

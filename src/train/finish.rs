@@ -60,7 +60,7 @@ pub fn write(
             };
             Ok(write_adapter(
                 dir,
-                &choice.config,
+                &choice.config.as_written(),
                 &adapter,
                 save_tokenizer,
                 &card,

@@ -180,6 +180,7 @@ fn choose_adapters(
                      PEFT); leave embed_tokens out";
         findings.0.push(cause.to_owned());
     }
+    check_first_values(&adapter, &modules, config, findings);
     // What trains whole needs no delta; PEFT leaves it out too.
     modules.retain(|chosen| !adapter.saves(&chosen.module));
     Some(AdapterChoice {
@@ -205,6 +206,40 @@ fn check_experts(adapter: &AdapterConfig, chosen: &[ModuleAdapter], findings: &m
                  {off}, or leave experts and routers out of target_modules and target_parameters",
                 first.module
             ));
+        }
+    }
+}
+
+/// What is taken out of a weight has at most the weight's rank, and experts lose nothing (in PEFT).
+fn check_first_values(
+    adapter: &AdapterConfig,
+    chosen: &[ModuleAdapter],
+    config: &ModelConfig,
+    findings: &mut Findings,
+) {
+    if adapter.taken_out().is_none() {
+        return;
+    }
+    let key = "adapter.init_lora_weights";
+    let layers = names::adaptable(config);
+    for adapter in chosen {
+        let module = &adapter.module;
+        if names::parameter_of(module).is_some() {
+            findings.0.push(format!(
+                "{key}: {module} cannot begin with a part of its weight (nor can it in PEFT); set \
+                 {key} to kaiming or leave experts and routers out"
+            ));
+            return;
+        }
+        let width = (layers.iter().find(|layer| layer.path == *module))
+            .map_or(0, |layer| layer.out_features.min(layer.in_features));
+        if adapter.rank > width {
+            findings.0.push(format!(
+                "{key}: {module} has a weight of rank {width}, which has no {} directions to begin \
+                 with; set adapter.rank to {width} or less",
+                adapter.rank
+            ));
+            return;
         }
     }
 }

@@ -95,6 +95,24 @@ pub(super) const KNOBS: &[Knob] = &[
     )
     .elsewhere(&["dora", "peft_use_dora"]),
     Knob::new(
+        "adapter.init_lora_weights",
+        Kind::Choice(&[
+            ("kaiming", "A uniform, B zero: PEFT's `true`"),
+            ("gaussian", "A normal, B zero"),
+            (
+                "pissa",
+                "principal singular vectors, which the base loses (PiSSA, arXiv 2404.02948): often learns faster; takes minutes to start on a large model",
+            ),
+            (
+                "olora",
+                "first columns of a QR decomposition, which the base loses (OLoRA, arXiv 2406.01775)",
+            ),
+        ]),
+        "kaiming",
+        "First values of the adapters. An adapter of `pissa` or `olora` is saved as a plain one of twice the rank, for the base as it was.",
+    )
+    .elsewhere(&["init_weights", "pissa_init", "use_olora"]),
+    Knob::new(
         "adapter.bias",
         Kind::Choice(&[
             ("none", "no biases"),
