@@ -11,7 +11,7 @@ use std::path::Path;
 
 use burn::tensor::Device;
 use lorafit::export::merged::{MergeJob, merge};
-use lorafit::export::model::{DEFAULT_SHARD_SIZE, SaveDtype};
+use lorafit::export::model::SaveDtype;
 use lorafit::model::config::{ModelConfig, RopeScaling};
 use lorafit::model::gguf::config_json;
 use lorafit::model::weights::{Weights, check};
@@ -351,12 +351,11 @@ fn merges_into_a_gguf_base_are_those_into_its_safetensors() {
         }
         let outside = tempfile::tempdir().unwrap();
         let merged = |base: &Path, out: &str| {
+            let adapter = own().join("lora").join(case).join("adapter_final");
+            let out = outside.path().join(out);
             let job = MergeJob {
-                base,
-                adapter: &own().join("lora").join(case).join("adapter_final"),
-                out: &outside.path().join(out),
                 dtype: Some(SaveDtype::F32),
-                shard_size: DEFAULT_SHARD_SIZE,
+                ..MergeJob::new(base, &adapter, &out)
             };
             merge(&job, &mut |_| ()).unwrap_or_else(|error| panic!("{name}: {error}"));
             Weights::open(job.out).unwrap()

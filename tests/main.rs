@@ -21,6 +21,7 @@ mod hub;
 mod hub_dataset;
 mod hub_server;
 mod merge;
+mod methods;
 mod packing;
 mod peft;
 mod reader_fuzz;

@@ -30,14 +30,8 @@ fn adapter(case: &str, state: &str) -> PathBuf {
     own().join("lora").join(case).join(state)
 }
 
-fn job<'a>(base: &'a Path, adapter: &'a Path, out: &'a Path) -> MergeJob<'a> {
-    MergeJob {
-        base,
-        adapter,
-        out,
-        dtype: None,
-        shard_size: DEFAULT_SHARD_SIZE,
-    }
+fn job<'a>(base: &'a Path, adapter: &Path, out: &'a Path) -> MergeJob<'a> {
+    MergeJob::new(base, adapter, out)
 }
 
 fn json_file(path: &Path) -> Value {
@@ -157,6 +151,7 @@ fn a_type_that_is_asked_for_is_rounded_to_once() {
             base: &out,
             out: &again,
             dtype: None,
+            force: true,
             ..job
         },
         &mut |_| (),
@@ -254,7 +249,7 @@ fn a_merge_that_equals_the_base_fails_and_leaves_nothing() {
     let trained = adapter("all_linear", "adapter_final");
     merge(
         &MergeJob {
-            adapter: &trained,
+            adapters: vec![(trained, 1.0)],
             ..bf16
         },
         &mut |_| (),

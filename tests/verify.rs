@@ -4,6 +4,7 @@ use std::fs;
 use std::path::Path;
 
 use burn::tensor::Device;
+use lorafit::adapter::peft::read_adapter;
 use lorafit::export::verify::{self, VerifyError};
 use serde_json::Value;
 
@@ -148,7 +149,8 @@ fn a_fresh_adapter_is_no_merge() {
 fn check(workspace: &Workspace) -> Result<verify::Comparison, VerifyError> {
     let [base, adapter, merged] =
         ["base", "run/adapter", "merged"].map(|name| workspace.path(name));
-    verify::verify(&base, &adapter, &merged, &Device::flex())
+    let (config, weights) = read_adapter(&adapter).unwrap();
+    verify::verify(&base, (&config, &weights), &merged, &Device::flex())
 }
 
 #[test]
@@ -204,11 +206,19 @@ fn a_delta_lost_in_rounding_is_found_out() {
     });
     let adapter = workspace.path("run/adapter/adapter_model.safetensors");
     edit(&adapter, "lora_B.weight", |value| value * 1e-4);
-    let ran = workspace.run(&merge("run/adapter", "half", &["--dtype", "bf16"]));
+    let ran = workspace.run(&merge(
+        "run/adapter",
+        "half",
+        &["--dtype", "bf16", "--force"],
+    ));
     ran.fails(1, &["lost", "--dtype f32"]);
     assert!(!workspace.path("half").exists());
     workspace
-        .run(&merge("run/adapter", "whole", &["--dtype", "f32"]))
+        .run(&merge(
+            "run/adapter",
+            "whole",
+            &["--dtype", "f32", "--force"],
+        ))
         .exits(0);
 }
 

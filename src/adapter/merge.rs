@@ -18,7 +18,7 @@ pub struct DeltaSize {
 
 impl DeltaSize {
     /// The size of one element.
-    fn of(element: f32) -> Self {
+    pub fn of(element: f32) -> Self {
         Self {
             max_abs: element.abs(),
             sum_of_squares: f64::from(element).powi(2),

@@ -3,6 +3,7 @@
 //! [`target`] decides which linear layers carry one, [`inject`] puts them into a model, [`config`]
 //! is `adapter_config.json`, [`peft`] reads an adapter directory, [`merge`] adds a delta to a weight.
 
+pub mod combine;
 pub mod config;
 mod config_read;
 pub mod experts;
@@ -10,6 +11,7 @@ pub mod inject;
 pub mod linalg;
 pub mod merge;
 pub mod peft;
+mod read;
 pub mod residual;
 pub mod target;
 mod target_fault;

@@ -2,12 +2,12 @@
 
 use std::path::PathBuf;
 
-use clap::builder::{PossibleValue, PossibleValuesParser};
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::builder::PossibleValuesParser;
+use clap::{Args, Parser, Subcommand};
 use serde::de::DeserializeOwned;
 
+use super::merge_args::{CombineArgs, MergeArgs};
 use crate::device::DeviceSpec;
-use crate::export::model::SaveDtype;
 use crate::recipe::{load, schema};
 
 /// Fine-tunes open-weight language models with LoRA on one GPU or a CPU.
@@ -46,6 +46,8 @@ pub enum Command {
     Train(TrainArgs),
     /// Merge an adapter into its base model, and verify the result
     Merge(MergeArgs),
+    /// Add adapters up to one
+    Combine(CombineArgs),
     /// Check a recipe, its data and its model without training
     Check(CheckArgs),
     /// Look at a recipe's dataset: its tokens, what trains, how long rows are
@@ -186,65 +188,6 @@ pub struct StatsArgs {
     pub recipe: DataRecipe,
 }
 
-/// `lorafit merge`
-#[derive(Debug, Clone, Args)]
-#[command(
-    override_usage = "lorafit merge [OPTIONS] <RUN_DIR>\n       \
-        lorafit merge [OPTIONS] --base <MODEL> --adapter <DIR> --out <DIR>",
-    after_help = "Example:\n  lorafit merge runs/recipe\n  \
-        lorafit merge --base HuggingFaceTB/SmolLM2-135M-Instruct --adapter runs/recipe/adapter --out merged"
-)]
-pub struct MergeArgs {
-    /// A run directory, which knows its base and its adapter
-    #[arg(value_name = "RUN_DIR", conflicts_with_all = ["base", "adapter"])]
-    pub run_dir: Option<PathBuf>,
-    /// The base model: directory, .gguf file or Hugging Face id
-    #[arg(
-        long,
-        value_name = "MODEL",
-        required_unless_present = "run_dir",
-        requires = "adapter"
-    )]
-    pub base: Option<String>,
-    /// Branch, tag or commit of a Hugging Face id
-    #[arg(long, default_value = default_of("base.revision"), conflicts_with = "run_dir")]
-    pub revision: String,
-    /// The adapter, in PEFT's layout
-    #[arg(
-        long,
-        value_name = "DIR",
-        required_unless_present = "run_dir",
-        requires = "base"
-    )]
-    pub adapter: Option<PathBuf>,
-    /// Where the merged model goes [default: RUN_DIR/merged]
-    #[arg(long, value_name = "DIR", required_unless_present = "run_dir")]
-    pub out: Option<PathBuf>,
-    /// Number format of the merged weights [default: that of the base]
-    #[arg(long)]
-    pub dtype: Option<SaveDtype>,
-    /// Largest weight file: bytes, or with a unit such as 500MB, 5GB, 1GiB
-    #[arg(long, value_name = "SIZE", default_value = "5GB", value_parser = parse_bytes)]
-    pub shard_size: u64,
-    /// Do not compare the merged model with base and adapter
-    #[arg(long)]
-    pub no_verify: bool,
-}
-
-impl ValueEnum for SaveDtype {
-    fn value_variants<'a>() -> &'a [Self] {
-        &[Self::Bf16, Self::F16, Self::F32]
-    }
-
-    fn to_possible_value(&self) -> Option<PossibleValue> {
-        Some(match self {
-            Self::Bf16 => PossibleValue::new("bf16").help("16 bits, the exponent of f32"),
-            Self::F16 => PossibleValue::new("f16").help("16 bits, IEEE half"),
-            Self::F32 => PossibleValue::new("f32").help("32 bits"),
-        })
-    }
-}
-
 /// `lorafit generate`
 #[derive(Debug, Clone, Args)]
 #[command(
@@ -344,7 +287,7 @@ pub struct CompletionsArgs {
 }
 
 /// The default of a recipe's knob, for an option that shares it.
-fn default_of(key: &str) -> &'static str {
+pub(super) fn default_of(key: &str) -> &'static str {
     schema::find(key)
         .and_then(schema::Knob::default_text)
         .unwrap_or_default()
@@ -389,7 +332,7 @@ const UNITS: &[(&str, u64)] = &[
 ];
 
 /// Reads `5GB`, `500 MB`, `1.5GiB` or plain bytes.
-fn parse_bytes(text: &str) -> Result<u64, String> {
+pub(super) fn parse_bytes(text: &str) -> Result<u64, String> {
     let text = text.trim().to_lowercase();
     let expected = || "expected bytes or a size such as 500MB, 5GB or 1GiB".to_owned();
     let number = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());

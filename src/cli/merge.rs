@@ -4,12 +4,14 @@ use std::path::{Path, PathBuf};
 
 use serde_json::json;
 
-use super::args::{MergeArgs, Output};
+use super::args::Output;
+use super::combine::widest;
+use super::merge_args::MergeArgs;
 use super::render::{Renderer, bytes};
 use super::warnings::Warning;
 use super::{Exit, Usage, interrupt};
 use crate::device::{self, DeviceKind, DeviceSpec};
-use crate::export::merged::{self, MergeJob, MergeReport};
+use crate::export::merged::{self, MergeJob, MergeReport, Rounding};
 use crate::export::verify::{self, Comparison};
 use crate::export::write;
 use crate::hub;
@@ -26,7 +28,7 @@ const CPU: DeviceSpec = DeviceSpec {
 struct Request {
     base: String,
     revision: String,
-    adapter: PathBuf,
+    adapters: Vec<(PathBuf, f64)>,
     out: PathBuf,
 }
 
@@ -43,7 +45,10 @@ pub fn run(args: &MergeArgs, output: &Output) -> anyhow::Result<Exit> {
     renderer.finish_bar();
     let job = MergeJob {
         base: &base,
-        adapter: &request.adapter,
+        adapters: request.adapters.clone(),
+        combination: args.combination.combination(|| widest(&request.adapters))?,
+        subtract: args.subtract,
+        force: args.force,
         out: &request.out,
         dtype: args.dtype,
         shard_size: args.shard_size,
@@ -64,7 +69,7 @@ pub fn run(args: &MergeArgs, output: &Output) -> anyhow::Result<Exit> {
             renderer.note("comparing the merged model with base + adapter");
             let device = device::open(CPU)?.device;
             let merged = prepared.path();
-            Some(verify::verify(&base, &request.adapter, merged, &device)?)
+            Some(verify::verify(&base, prepared.adapter(), merged, &device)?)
         }
     };
     if interrupt::asked() {
@@ -95,6 +100,7 @@ fn show(report: &MergeReport, verified: Option<&Comparison>, out: &Path, rendere
         "files": written.shards,
         "delta_norm": report.delta_norm,
         "max_abs_delta": report.max_abs_delta,
+        "rounding": report.rounding,
         "verified": verified,
     });
     let verified = match verified {
@@ -125,9 +131,22 @@ fn show(report: &MergeReport, verified: Option<&Comparison>, out: &Path, rendere
                 report.delta_norm, report.max_abs_delta
             ),
         ),
+        ("rounding", rounding(report)),
         ("verified", verified),
     ];
     renderer.result(&event, &lines);
+}
+
+/// What the written number format lost of the merged weights.
+fn rounding(report: &MergeReport) -> String {
+    let Rounding { max_abs, norm } = report.rounding;
+    match norm == 0.0 {
+        true => "nothing lost".to_string(),
+        false => format!(
+            "norm {norm:.4}, {:.1} % of the delta's; largest element {max_abs:.3e}",
+            100.0 * norm / report.delta_norm
+        ),
+    }
 }
 
 fn request(args: &MergeArgs) -> anyhow::Result<Request> {
@@ -138,7 +157,10 @@ fn request(args: &MergeArgs) -> anyhow::Result<Request> {
         return Ok(Request {
             base: args.base.clone().ok_or_else(missing)?,
             revision: args.revision.clone(),
-            adapter: args.adapter.clone().ok_or_else(missing)?,
+            adapters: match args.adapter.is_empty() {
+                true => return Err(missing()),
+                false => args.adapter.clone(),
+            },
             out: args.out.clone().ok_or_else(missing)?,
         });
     };
@@ -161,7 +183,7 @@ fn request(args: &MergeArgs) -> anyhow::Result<Request> {
     Ok(Request {
         base: plan.base.model,
         revision: plan.base.revision,
-        adapter,
+        adapters: vec![(adapter, 1.0)],
         out: args
             .out
             .clone()

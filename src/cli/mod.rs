@@ -6,6 +6,7 @@
 
 pub mod args;
 pub mod check;
+pub mod combine;
 pub mod completions;
 pub mod data;
 pub mod devices;
@@ -13,6 +14,7 @@ pub mod generate;
 pub mod init;
 pub mod interrupt;
 pub mod merge;
+pub mod merge_args;
 pub mod pace;
 pub mod preview_html;
 pub mod preview_text;
@@ -60,6 +62,7 @@ pub fn run(cli: &Cli) -> anyhow::Result<Exit> {
         Command::Train(args) => return train::run(args, &cli.output),
         Command::Merge(args) => return merge::run(args, &cli.output),
         Command::Generate(args) => return generate::run(args, &cli.output),
+        Command::Combine(args) => combine::run(args, &cli.output),
         Command::Check(args) => check::run(args, &cli.output),
         Command::Data(command) => data::run(command, &cli.output),
         Command::Init(args) => init::run(args, &cli.output),

@@ -11,6 +11,7 @@ use super::{Exit, Usage, interrupt};
 use crate::data::feed::Feed;
 use crate::device;
 use crate::model::CausalLm;
+use crate::recipe::Optimizer;
 use crate::train::event::Event;
 use crate::train::finish;
 use crate::train::optimizer::{AdamW, AdamWConfig};
@@ -45,7 +46,11 @@ pub fn run(args: &TrainArgs, output: &Output) -> anyhow::Result<Exit> {
     let mut model = prepared
         .model(&device.device)
         .context("cannot load the base model")?;
-    let mut optimizer = AdamW::new(AdamWConfig::from(&prepared.plan.train));
+    let config = AdamWConfig::from(&prepared.plan.train);
+    let mut optimizer = match prepared.plan.train.optimizer {
+        Optimizer::Adamw => AdamW::new(config),
+        Optimizer::LoraFa => AdamW::lora_fa(config, &mut model),
+    };
     if progress.step > 0 {
         run_state::load_weights(&states, progress.step, &mut model)?;
         run_state::load_optimizer(&states, progress.step, &mut optimizer, &device.device)?;

@@ -9,15 +9,16 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 
 use super::merger::Merger;
-use super::model::{SaveDtype, Written, with_dtype, write_json, write_weights};
+use super::model::{DEFAULT_SHARD_SIZE, SaveDtype, Written, with_dtype, write_json, write_weights};
 use super::safetensors::TensorInfo;
 use super::sidecar::{copy_notices, copy_tokenizer, directory, has_tokenizer, read_config};
 use super::write::{PartialDir, WriteError, is_taken};
-use crate::adapter::peft::{PeftError, read_adapter};
+use crate::adapter::combine::{Combination, CombineError, Weighted, combine};
+use crate::adapter::peft::{AdapterConfig, AdapterWeights, PeftError, fit_model, read_adapter};
 use crate::data::tokenize::ChatTokenizer;
-use crate::model::config::ConfigError;
-use crate::model::gguf;
+use crate::model::config::{ConfigError, ModelConfig};
 use crate::model::weights::{Dtype, Weights, WeightsError, check};
+use crate::model::{gguf, names};
 
 /// Why a merge failed.
 #[derive(Debug, thiserror::Error)]
@@ -58,6 +59,22 @@ pub enum MergeError {
         /// Its directory.
         input: PathBuf,
     },
+    /// Adapters that cannot be added.
+    #[error(transparent)]
+    Combine(#[from] CombineError),
+    /// An adapter that does not belong to the base.
+    #[error(
+        "{}: {cause}, {}; give the base that it was trained on, or --force if you mean it",
+        adapter.display(), base.display()
+    )]
+    OtherBase {
+        /// The adapter.
+        adapter: PathBuf,
+        /// The base.
+        base: PathBuf,
+        /// What is wrong.
+        cause: &'static str,
+    },
     /// The adapter changes nothing.
     #[error("the merge of {} equals the base: {cause}", adapter.display())]
     EqualsBase {
@@ -87,18 +104,40 @@ pub enum MergeError {
 }
 
 /// What to merge, and where to.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct MergeJob<'a> {
     /// The base model: a directory, a safetensors file or a GGUF file.
     pub base: &'a Path,
-    /// A PEFT adapter directory.
-    pub adapter: &'a Path,
+    /// PEFT adapter directories, at least one, with what their deltas are multiplied by.
+    pub adapters: Vec<(PathBuf, f64)>,
+    /// How several become one.
+    pub combination: Combination,
+    /// Whether the deltas are taken away instead of added.
+    pub subtract: bool,
+    /// Whether a base that is not the adapters' own is merged into all the same.
+    pub force: bool,
     /// The new model directory; must not exist or be empty.
     pub out: &'a Path,
     /// Type of all weights; each keeps its own when `None` (bf16 for a GGUF base).
     pub dtype: Option<SaveDtype>,
     /// Largest size of a weight file in bytes.
     pub shard_size: u64,
+}
+
+impl<'a> MergeJob<'a> {
+    /// One adapter into its base, in the base's types.
+    pub fn new(base: &'a Path, adapter: &Path, out: &'a Path) -> Self {
+        Self {
+            base,
+            adapters: vec![(adapter.to_owned(), 1.0)],
+            combination: Combination::Cat,
+            subtract: false,
+            force: false,
+            out,
+            dtype: None,
+            shard_size: DEFAULT_SHARD_SIZE,
+        }
+    }
 }
 
 /// How far a merge is.
@@ -119,6 +158,8 @@ pub struct MergeReport {
     pub written: Written,
     /// The merged modules with scaling and Frobenius norm of what was added.
     pub modules: Vec<MergedModule>,
+    /// What rounding to the written type lost.
+    pub rounding: Rounding,
     /// Largest absolute element that was added.
     pub max_abs_delta: f32,
     /// Frobenius norm of all that was added.
@@ -128,6 +169,15 @@ pub struct MergeReport {
     /// Where the tokenizer comes from: the adapter if it has one, else the base; `None` when
     /// neither has.
     pub tokenizer_from: Option<PathBuf>,
+}
+
+/// The difference between merged weights in f32 and as they are written.
+#[derive(Debug, Clone, Copy, PartialEq, Default, serde::Serialize)]
+pub struct Rounding {
+    /// Largest absolute difference.
+    pub max_abs: f32,
+    /// Frobenius norm of all differences.
+    pub norm: f64,
 }
 
 /// One merged module.
@@ -146,12 +196,18 @@ pub struct MergedModule {
 pub struct PreparedMerge {
     dir: PartialDir,
     report: MergeReport,
+    adapter: (AdapterConfig, AdapterWeights),
 }
 
 impl PreparedMerge {
     /// Where the model is now: read it back from here.
     pub fn path(&self) -> &Path {
         self.dir.path()
+    }
+
+    /// The one adapter that stands for all: verify the model with it.
+    pub fn adapter(&self) -> (&AdapterConfig, &AdapterWeights) {
+        (&self.adapter.0, &self.adapter.1)
     }
 
     /// What was done.
@@ -194,14 +250,16 @@ pub fn prepare(
     let weights = Weights::open(job.base)?;
     let config = weights.config()?;
     check(&weights, &config)?;
-    let (adapter, trained) = read_adapter(job.adapter)?;
-    let mut merger = Merger::new(job, &weights, &config, &adapter, trained)?;
+    let (adapters, merged) = read_adapters(job, &weights, &config)?;
+    let adapter = one_adapter(job, adapters)?;
+    let mut merger = Merger::new(job, &weights, &config, &adapter)?;
     let dir = PartialDir::create(job.out)?;
     let tokenizer_from = write_sidecars(job, &weights, merger.untied, dir.path())?;
     let tensors = merger.tensors()?;
     let total = tensors.iter().filter_map(TensorInfo::bytes).sum::<usize>() as u64;
     let mut done = 0;
-    let written = write_weights(dir.path(), tensors, job.shard_size, |info| {
+    let metadata = [("format", "pt"), (MERGED_KEY, merged.as_str())];
+    let written = write_weights(dir.path(), &metadata, tensors, job.shard_size, |info| {
         progress(MergeProgress {
             tensor: &info.name,
             done,
@@ -212,13 +270,87 @@ pub fn prepare(
         Ok::<_, MergeError>(bytes)
     })?;
     let report = merger.report(written, tokenizer_from)?;
-    Ok(PreparedMerge { dir, report })
+    Ok(PreparedMerge {
+        dir,
+        report,
+        adapter,
+    })
+}
+
+/// The key of a file's metadata under which the hashes of the adapters stand that were merged into it.
+const MERGED_KEY: &str = "lorafit.merged";
+
+/// Reads the adapters, and refuses those that do not belong to this base; returns the hashes of all that
+/// are in the merged model too.
+fn read_adapters(
+    job: &MergeJob,
+    weights: &Weights,
+    config: &ModelConfig,
+) -> Result<(Vec<Weighted>, String), MergeError> {
+    let (fingerprint, layers) = (weights.fingerprint(), names::adaptable(config));
+    let before = weights.metadata(MERGED_KEY).unwrap_or_default();
+    let mut adapters = Vec::new();
+    let mut inside: Vec<String> = before.split_whitespace().map(str::to_owned).collect();
+    for (dir, weight) in &job.adapters {
+        let (mut adapter, trained) = read_adapter(dir)?;
+        fit_model(dir, &adapter, &trained, config)?;
+        let hash = trained.hash();
+        let is_in = inside.contains(&hash);
+        let is_other = (trained.base.as_ref()).is_some_and(|base| *base != fingerprint);
+        let cause = match (job.force, job.subtract, is_in) {
+            (true, ..) => None,
+            (_, false, true) => Some("was merged into this model before"),
+            (_, true, false) if is_other => Some("was not merged into this model"),
+            (_, false, false) if is_other => Some("was trained on another base than this one"),
+            _ => None,
+        };
+        if let Some(cause) = cause {
+            return Err(MergeError::OtherBase {
+                adapter: dir.clone(),
+                base: job.base.into(),
+                cause,
+            });
+        }
+        match job.subtract {
+            true => inside.retain(|other| *other != hash),
+            false => inside.push(hash),
+        }
+        adapters.push(Weighted {
+            dir: dir.clone(),
+            weight: if job.subtract { -weight } else { *weight },
+            weights: trained.with_plain_pairs(&adapter, &layers),
+            config: {
+                // Its deltas are LoRA's now.
+                adapter.vera = None;
+                adapter
+            },
+        });
+    }
+    Ok((adapters, inside.join(" ")))
+}
+
+/// One adapter with weight 1 as it is, or what stands for several.
+fn one_adapter(
+    job: &MergeJob,
+    mut adapters: Vec<Weighted>,
+) -> Result<(AdapterConfig, AdapterWeights), MergeError> {
+    match (adapters.pop(), adapters.is_empty(), job.combination) {
+        (Some(one), true, Combination::Cat) if one.weight == 1.0 => Ok((one.config, one.weights)),
+        (last, ..) => {
+            adapters.extend(last);
+            Ok(combine(&adapters, job.combination)?)
+        }
+    }
 }
 
 /// Refuses an output that is taken or lies in an input.
 fn check_places(job: &MergeJob) -> Result<(), MergeError> {
     let out = real(job.out);
-    for (what, input) in [("base", job.base), ("adapter", job.adapter)] {
+    let adapters = job
+        .adapters
+        .iter()
+        .map(|(dir, _)| ("adapter", dir.as_path()));
+    for (what, input) in adapters.chain([("base", job.base)]) {
         let real = real(input);
         if out.starts_with(&real) {
             return Err(MergeError::Inside {
@@ -274,9 +406,10 @@ fn write_sidecars(
     }
     write_json(&to.join("config.json"), &config_json)?;
     // An adapter's own tokenizer carries the chat template that it was trained with.
-    if has_tokenizer(job.adapter) {
-        copy_tokenizer(job.adapter, to)?;
-        Ok(Some(job.adapter.to_owned()))
+    let mut dirs = job.adapters.iter().map(|(dir, _)| dir);
+    if let Some(dir) = dirs.find(|dir| has_tokenizer(dir)) {
+        copy_tokenizer(dir, to)?;
+        Ok(Some(dir.clone()))
     } else if from_gguf {
         let wrap = |source| MergeError::Tokenizer {
             base: job.base.to_owned(),

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use safetensors::Dtype as Stored;
 use serde_json::Value;
 
-use super::merged::{MergeError, MergeJob, MergeReport, MergedModule};
+use super::merged::{MergeError, MergeJob, MergeReport, MergedModule, Rounding};
 use super::model::{SaveDtype, Written};
 use super::safetensors::TensorInfo;
 use crate::adapter::experts;
@@ -54,6 +54,7 @@ pub(super) struct Merger<'a> {
     modules: Vec<MergedModule>,
     unchanged: Vec<String>,
     total: DeltaSize,
+    rounding: DeltaSize,
 }
 
 impl<'a> Merger<'a> {
@@ -61,11 +62,12 @@ impl<'a> Merger<'a> {
         job: &'a MergeJob<'a>,
         weights: &'a Weights,
         config: &ModelConfig,
-        adapter: &AdapterConfig,
-        trained: AdapterWeights,
+        (adapter, trained): &(AdapterConfig, AdapterWeights),
     ) -> Result<Self, MergeError> {
-        let fitted = fit_model(job.adapter, adapter, &trained, config)?;
-        let mut trained = trained.with_plain_pairs(adapter, &names::adaptable(config));
+        let fitted = fit_model(&job.adapters[0].0, adapter, trained, config)?;
+        let mut trained = trained
+            .clone()
+            .with_plain_pairs(adapter, &names::adaptable(config));
         let adds = |pair: &LoraPair| {
             let delta = pair.a.iter().any(|x| *x != 0.0) && pair.b.iter().any(|x| *x != 0.0);
             delta || pair.magnitude.is_some()
@@ -77,7 +79,7 @@ impl<'a> Merger<'a> {
             let cause =
                 "all its deltas are zero (B is zero until the first training step); train it first";
             return Err(MergeError::EqualsBase {
-                adapter: job.adapter.into(),
+                adapter: job.adapters[0].0.clone(),
                 cause,
             });
         }
@@ -117,6 +119,7 @@ impl<'a> Merger<'a> {
             modules,
             unchanged,
             total: DeltaSize::default(),
+            rounding: DeltaSize::default(),
         })
     }
 
@@ -194,11 +197,12 @@ impl<'a> Merger<'a> {
         };
         if !size.is_finite() {
             return Err(MergeError::NotFinite {
-                adapter: self.job.adapter.into(),
+                adapter: self.job.adapters[0].0.clone(),
                 module,
             });
         }
         let bytes = dtype.encode(&values).into_owned();
+        self.rounding = self.rounding.and(dtype.rounding(&values, &bytes));
         if raw == Some(&bytes[..]) {
             self.unchanged.push(module.clone());
         }
@@ -221,13 +225,17 @@ impl<'a> Merger<'a> {
             let cause =
                 "the deltas are lost in rounding to the base's type; merge with --dtype f32";
             return Err(MergeError::EqualsBase {
-                adapter: self.job.adapter.into(),
+                adapter: self.job.adapters[0].0.clone(),
                 cause,
             });
         }
         Ok(MergeReport {
             written,
             modules: self.modules,
+            rounding: Rounding {
+                max_abs: self.rounding.max_abs,
+                norm: self.rounding.sum_of_squares.sqrt(),
+            },
             max_abs_delta: self.total.max_abs,
             delta_norm: self.total.sum_of_squares.sqrt(),
             unchanged: self.unchanged,

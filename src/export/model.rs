@@ -10,6 +10,7 @@ use serde_json::{Map, Value, json};
 
 use super::safetensors::{SafetensorsWriter, TensorInfo, f32_bytes};
 use super::write::{WriteError, atomic_bytes};
+use crate::adapter::merge::DeltaSize;
 
 /// What transformers calls the weights of a model in one file.
 const SINGLE: &str = "model.safetensors";
@@ -65,6 +66,19 @@ impl SaveDtype {
             Self::Bf16 => encode16(values, |x| bf16::from_f32(x).to_le_bytes()).into(),
         }
     }
+
+    /// How far [`SaveDtype::encode`] moved the values.
+    pub fn rounding(self, values: &[f32], bytes: &[u8]) -> DeltaSize {
+        let decode: fn([u8; 2]) -> f32 = match self {
+            Self::F32 => return DeltaSize::default(),
+            Self::F16 => |pair| f16::from_le_bytes(pair).to_f32(),
+            Self::Bf16 => |pair| bf16::from_le_bytes(pair).to_f32(),
+        };
+        let (pairs, _) = bytes.as_chunks::<2>();
+        (values.par_iter().zip(pairs))
+            .map(|(value, pair)| DeltaSize::of(decode(*pair) - value))
+            .reduce(DeltaSize::default, DeltaSize::and)
+    }
 }
 
 fn encode16(values: &[f32], encode: impl Fn(f32) -> [u8; 2] + Sync) -> Vec<u8> {
@@ -98,6 +112,7 @@ pub struct Written {
 /// What `read` says, or why a file could not be written.
 pub fn write_weights<'a, E: From<WriteError>>(
     dir: &Path,
+    metadata: &[(&str, &str)],
     tensors: Vec<TensorInfo>,
     shard_size: u64,
     mut read: impl FnMut(&TensorInfo) -> Result<Cow<'a, [u8]>, E>,
@@ -124,7 +139,7 @@ pub fn write_weights<'a, E: From<WriteError>>(
             weight_map.insert(tensor.name.clone(), json!(file));
         }
         let path = dir.join(&file);
-        let mut writer = SafetensorsWriter::create(&path, &[("format", "pt")], shard)?;
+        let mut writer = SafetensorsWriter::create(&path, metadata, shard)?;
         while let Some(next) = writer.pending().cloned() {
             let bytes = read(&next)?;
             writer.write(&next.name, &bytes)?;
@@ -184,7 +199,7 @@ pub fn write_model<E: From<WriteError>>(
             shape: shape.clone(),
         })
         .collect();
-    write_weights(dir, infos, shard_size, |info| {
+    write_weights(dir, &[("format", "pt")], infos, shard_size, |info| {
         let values = read(&info.name)?;
         Ok(Cow::Owned(dtype.encode(&values).into_owned()))
     })

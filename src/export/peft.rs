@@ -8,7 +8,9 @@ use safetensors::Dtype;
 
 use super::safetensors::{TensorInfo, f32_bytes, write_safetensors};
 use super::write::{PartialDir, WriteError, atomic_bytes, is_taken};
-use crate::adapter::peft::{AdapterConfig, AdapterWeights, CONFIG_FILE, LoraPair, WEIGHTS_FILE};
+use crate::adapter::peft::{
+    AdapterConfig, AdapterWeights, BASE_KEY, CONFIG_FILE, LoraPair, WEIGHTS_FILE,
+};
 use crate::adapter::vera::{Lambdas, VeraWeights};
 use crate::model::names::{
     EMBEDDING, LoraHalf, lambda_key, magnitude_key, peft_key, peft_module, projection_key,
@@ -126,7 +128,9 @@ pub fn write_adapter_files(
         .iter()
         .map(|(info, bytes)| (info.clone(), bytes.as_ref()))
         .collect();
-    write_safetensors(&dir.join(WEIGHTS_FILE), &[("format", "pt")], &tensors)?;
+    let mut metadata = vec![("format", "pt")];
+    metadata.extend(adapter.base.as_deref().map(|base| (BASE_KEY, base)));
+    write_safetensors(&dir.join(WEIGHTS_FILE), &metadata, &tensors)?;
     atomic_bytes(&dir.join(CONFIG_FILE), config.to_text().as_bytes())
 }
 

@@ -5,7 +5,7 @@ use std::path::Path;
 use burn::tensor::Device;
 
 use crate::adapter::inject::{self, Init};
-use crate::adapter::peft::{self, PeftError};
+use crate::adapter::peft::{self, AdapterConfig, AdapterWeights, PeftError};
 use crate::device::to_vec;
 use crate::model::config::ConfigError;
 use crate::model::weights::{Dtype, Weights, WeightsError};
@@ -71,7 +71,7 @@ const PROBE: usize = 64;
 /// A model cannot be read, or the merged one is not what it should be.
 pub fn verify(
     base: &Path,
-    adapter: &Path,
+    (config, weights): (&AdapterConfig, &AdapterWeights),
     merged: &Path,
     device: &Device,
 ) -> Result<Comparison, VerifyError> {
@@ -79,9 +79,8 @@ pub fn verify(
         let mut model = load(base, device)?;
         let probe = probe(&model);
         let plain = logits(&model, &probe);
-        let (config, weights) = peft::read_adapter(adapter)?;
-        let modules = peft::fit_model(adapter, &config, &weights, model.config())?;
-        inject::inject(&mut model, &config, &modules, &Init::Loaded(&weights));
+        let modules = peft::fit_model(merged, config, weights, model.config())?;
+        inject::inject(&mut model, config, &modules, &Init::Loaded(weights));
         (logits(&model.frozen(), &probe), plain)
     };
     let weights = Weights::open(merged)?;

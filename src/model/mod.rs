@@ -12,6 +12,7 @@ mod config_check;
 mod config_json;
 mod config_rope;
 pub mod families;
+mod fingerprint;
 pub mod gguf;
 mod gguf_arch;
 mod gguf_fields;

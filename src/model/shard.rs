@@ -71,6 +71,14 @@ impl Shard {
         &self.tensors
     }
 
+    /// What the file's metadata say under a key.
+    pub(super) fn metadata(&self, key: &str) -> Option<String> {
+        let (length, rest) = self.map.split_first_chunk::<8>()?;
+        let length = usize::try_from(u64::from_le_bytes(*length)).ok()?;
+        let mut header: HeaderMetadata = serde_json::from_slice(rest.get(..length)?).ok()?;
+        header.metadata.remove(key)
+    }
+
     /// The file.
     pub(super) fn path(&self) -> &Path {
         &self.path
@@ -242,6 +250,13 @@ fn check_coverage(
         ));
     }
     Ok(())
+}
+
+/// The part of a header that says nothing of tensors.
+#[derive(serde::Deserialize)]
+struct HeaderMetadata {
+    #[serde(rename = "__metadata__", default)]
+    metadata: BTreeMap<String, String>,
 }
 
 /// The header's entries apart from `__metadata__`; a name that occurs twice is an error.

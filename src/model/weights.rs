@@ -364,6 +364,14 @@ impl Weights {
         })
     }
 
+    /// What the metadata of the files say under a key; GGUF has other ones.
+    pub fn metadata(&self, key: &str) -> Option<String> {
+        match &self.source {
+            Source::Safetensors(shards) => shards.iter().find_map(|shard| shard.metadata(key)),
+            Source::Gguf { .. } => None,
+        }
+    }
+
     /// The model's configuration: `config.json` beside the weights, or GGUF metadata.
     ///
     /// # Errors

@@ -49,6 +49,9 @@ const LORA_ALONE: &[&str] = &[
     "train.loraplus_lr_embedding",
 ];
 
+/// Knobs of LoRA+.
+const LORAPLUS: &[&str] = &["train.loraplus_lr_ratio", "train.loraplus_lr_embedding"];
+
 /// Knobs of `values` (dotted key → value, null where not given) that other knobs put out of force.
 pub(super) fn out_of_force(value: impl Fn(&str) -> Json) -> BTreeSet<&'static str> {
     let mut out = BTreeSet::new();
@@ -66,6 +69,9 @@ pub(super) fn out_of_force(value: impl Fn(&str) -> Json) -> BTreeSet<&'static st
     }
     if value("adapter.method") == json!("vera") {
         out.extend(LORA_ALONE);
+    }
+    if value("train.optimizer") == json!("lora_fa") {
+        out.extend(LORAPLUS);
     }
     out
 }
@@ -98,6 +104,7 @@ pub(super) fn check(given: &mut Given) {
             exclude(given, "adapter.method", key, because);
         }
     }
+    lora_fa(given);
     let because = "the configuration of `adapter.init_from` decides it";
     for key in FROM_PEFT {
         exclude(given, "adapter.init_from", key, because);
@@ -150,6 +157,25 @@ fn exclude(given: &mut Given, winner: &str, loser: &'static str, because: &str) 
     } else {
         let message = format!("has no effect: {because}");
         report(given, loser, &message, "remove one of them");
+    }
+}
+
+/// LoRA-FA has one projection for each linear layer's B, and no use for other ways to train it.
+fn lora_fa(given: &mut Given) {
+    let key = "train.optimizer";
+    if text(given, key) != Some("lora_fa") {
+        return;
+    }
+    if let Some(method @ ("full" | "vera")) = text(given, "adapter.method") {
+        let message = format!("lora_fa trains the B of LoRA, which `{method}` has not");
+        report(given, key, &message, "set train.optimizer: adamw");
+    }
+    for other in LORAPLUS {
+        exclude(given, key, other, "LoRA-FA freezes A");
+    }
+    if value(given, "adapter.use_dora") == Some(&json!(true)) {
+        let message = "lora_fa cannot be combined with adapter.use_dora (nor can it in PEFT)";
+        report(given, key, message, "set train.optimizer: adamw");
     }
 }
 

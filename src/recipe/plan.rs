@@ -374,6 +374,8 @@ pub struct TrainPlan {
     pub micro_batch_size: usize,
     /// Micro-batches in one optimizer step.
     pub gradient_accumulation_steps: usize,
+    /// Which rule turns gradients into steps.
+    pub optimizer: Optimizer,
     /// Peak learning rate.
     pub learning_rate: f64,
     /// How many times the learning rate of A the B of a delta has (LoRA+).
@@ -412,6 +414,16 @@ pub struct TrainPlan {
     pub save_total_limit: usize,
     /// Evaluations without improvement after which the run stops early; `None` never stops.
     pub early_stopping_patience: Option<usize>,
+}
+
+/// What turns gradients into steps.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Optimizer {
+    /// AdamW (arXiv 1711.05101).
+    Adamw,
+    /// AdamW on B alone, with its gradient projected (LoRA-FA, arXiv 2308.03303).
+    LoraFa,
 }
 
 /// Learning-rate schedule after warm-up.

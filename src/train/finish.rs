@@ -49,7 +49,8 @@ pub fn write(
 ) -> Result<(), FinishError> {
     match &run.adapter {
         Some(choice) => {
-            let adapter = inject::extract(model);
+            let mut adapter = inject::extract(model);
+            adapter.base = run.weights.as_ref().map(Weights::fingerprint);
             let card = ModelCard {
                 recipe_yaml: resolve::to_yaml(&run.plan),
                 metrics,

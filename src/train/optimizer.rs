@@ -2,10 +2,13 @@
 
 use std::collections::BTreeMap;
 
-use burn::tensor::Tensor;
+use burn::tensor::{Tensor, TensorData};
 
 use super::step::Gradients;
+use crate::adapter::linalg::{Matrix, shifted_inverse};
+use crate::device::to_vec;
 use crate::model::{CausalLm, names};
+use crate::nn::Parameter;
 use crate::recipe::TrainPlan;
 
 /// AdamW's constants.
@@ -62,6 +65,8 @@ pub struct AdamW {
     pub steps: usize,
     /// First and second moments of each tensor, flat, in f32.
     pub moments: BTreeMap<String, Moments>,
+    /// What LoRA-FA multiplies the gradient of each B by; `None` for plain AdamW.
+    projections: Option<BTreeMap<String, Tensor<2>>>,
 }
 
 /// The moments of one tensor.
@@ -80,6 +85,34 @@ impl AdamW {
             config,
             steps: 0,
             moments: BTreeMap::new(),
+            projections: None,
+        }
+    }
+
+    /// LoRA-FA (arXiv 2308.03303), as PEFT has it: A is frozen, and the gradient of B becomes
+    /// `g (A Aᵀ + 1e-8)⁻¹ / s²`, which brings the weight's gradient nearest to full fine-tuning's. Its
+    /// AdamW is Hugging Face's old one: epsilon is added before the bias is corrected, and weights
+    /// decay after the step, all of them.
+    pub fn lora_fa(config: AdamWConfig, model: &mut CausalLm) -> Self {
+        let mut projections = BTreeMap::new();
+        for (path, _, delta) in model.deltas() {
+            let Some(delta) = delta else {
+                continue;
+            };
+            let mut a = Parameter::Matrix(&mut delta.lora_a);
+            a.set_trainable(false);
+            let shape = delta.lora_a.dims();
+            let values = to_vec(Parameter::Matrix(&mut delta.lora_a).flat());
+            let a = Matrix::from_f32(&values, shape);
+            let inverse = shifted_inverse(&a.times(&a.transposed()), 1e-8);
+            let inverse = TensorData::new(inverse.to_f32(), [shape[0], shape[0]]);
+            let inverse = Tensor::<2>::from_data(inverse, &delta.lora_a.device());
+            let projection = inverse / delta.scaling.powi(2);
+            projections.insert(format!("{path}.lora_b"), projection);
+        }
+        Self {
+            projections: Some(projections),
+            ..Self::new(config)
         }
     }
 
@@ -97,11 +130,17 @@ impl AdamW {
         let config = self.config;
         let correction1 = 1.0 - beta1.powi(self.steps as i32);
         let correction2 = 1.0 - beta2.powi(self.steps as i32);
-        let moments = &mut self.moments;
+        let (moments, projections) = (&mut self.moments, &self.projections);
         model.visit_trainable(&mut |name, mut parameter| {
-            let Some(gradient) = gradients.remove(name) else {
+            let Some(mut gradient) = gradients.remove(name) else {
                 return;
             };
+            if let Some(projection) = projections.as_ref().and_then(|p| p.get(name)) {
+                let [rank, _] = projection.dims();
+                let n = gradient.dims()[0];
+                let rows = gradient.reshape([n / rank, rank]);
+                gradient = rows.matmul(projection.clone()).reshape([n]);
+            }
             let (first, second) = match moments.remove(name) {
                 Some(Moments { first, second }) => (first, second),
                 None => (gradient.zeros_like(), gradient.zeros_like()),
@@ -110,12 +149,21 @@ impl AdamW {
             let second = second * beta2 + gradient.square() * (1.0 - beta2);
             let learning_rate = config.rate_of(name, &parameter.shape(), learning_rate);
             let mut values = parameter.flat();
-            if weight_decay != 0.0 && decays(name, &parameter.shape()) {
-                values = values * (1.0 - learning_rate * weight_decay);
+            let root = second.clone().sqrt();
+            if projections.is_some() {
+                let rate = learning_rate * correction2.sqrt() / correction1;
+                values = values - first.clone() / (root + eps) * rate;
+                if weight_decay != 0.0 {
+                    values = values * (1.0 - learning_rate * weight_decay);
+                }
+            } else {
+                if weight_decay != 0.0 && decays(name, &parameter.shape()) {
+                    values = values * (1.0 - learning_rate * weight_decay);
+                }
+                let scale = root / correction2.sqrt() + eps;
+                values = values - first.clone() / scale * (learning_rate / correction1);
             }
-            let scale = second.clone().sqrt() / correction2.sqrt() + eps;
-            let update = first.clone() / scale * (learning_rate / correction1);
-            parameter.set_flat(values - update);
+            parameter.set_flat(values);
             moments.insert(name.to_string(), Moments { first, second });
         });
     }

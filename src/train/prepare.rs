@@ -16,8 +16,7 @@ use crate::hub;
 use crate::model::config::ModelConfig;
 use crate::model::weights::{self, Weights, WeightsError};
 use crate::model::{CausalLm, names};
-use crate::random::Stream;
-use crate::recipe::{AdapterMethod, BaseInit, Plan};
+use crate::recipe::{AdapterMethod, BaseInit, Optimizer, Plan};
 
 /// A plan with its base model found, its data tokenised and its adapters chosen.
 #[derive(Debug)]
@@ -60,9 +59,6 @@ pub enum PrepareError {
     Faults(Vec<String>),
 }
 
-/// Bytes of each end of a tensor that a fingerprint sees.
-const ENDS: usize = 32;
-
 /// Collects what independent checks find.
 #[derive(Default)]
 struct Findings(Vec<String>);
@@ -89,6 +85,9 @@ pub fn prepare(
     let adapter = config
         .as_ref()
         .and_then(|config| choose_adapters(&plan, config, &mut findings));
+    if let (Some(choice), Optimizer::LoraFa) = (&adapter, plan.train.optimizer) {
+        check_lora_fa(choice, &mut findings);
+    }
     let limit = config
         .as_ref()
         .map_or(usize::MAX, |config| config.max_position_embeddings);
@@ -210,6 +209,25 @@ fn check_experts(adapter: &AdapterConfig, chosen: &[ModuleAdapter], findings: &m
     }
 }
 
+/// LoRA-FA knows plain LoRA on linear layers only: PEFT takes an embedding's A for frozen, which is
+/// zero, mixes the projections of experts up, and pairs tensors wrongly where there is a third.
+fn check_lora_fa(choice: &AdapterChoice, findings: &mut Findings) {
+    let is_other = |module: &str| {
+        module == names::EMBEDDING || names::parameter_of(module).is_some_and(|p| p == module)
+    };
+    let other = choice.modules.iter().find(|m| is_other(&m.module));
+    let found = match (other, choice.config.use_dora, choice.config.vera) {
+        (Some(other), ..) => format!("{} is none", other.module),
+        (_, true, _) => "these have DoRA's magnitudes".to_owned(),
+        (.., Some(_)) => "these are VeRA's".to_owned(),
+        _ => return,
+    };
+    findings.0.push(format!(
+        "train.optimizer: lora_fa trains plain adapters on linear layers only, and {found}; set \
+         train.optimizer: adamw or choose other adapters"
+    ));
+}
+
 /// What is taken out of a weight has at most the weight's rank, and experts lose nothing (in PEFT).
 fn check_first_values(
     adapter: &AdapterConfig,
@@ -315,26 +333,14 @@ impl Prepared {
     }
 
     /// Identifies the samples and the base model, so that a resumed run can tell that they are the
-    /// same. Of each base tensor it sees name, shape and both ends, which any retraining changes.
+    /// same.
     pub fn fingerprint(&self) -> String {
-        let mut stream = Stream::new(self.dataset.train.len() as u64);
-        let mut fold = |bytes: &[u8]| {
-            for byte in bytes {
-                stream = stream.split(u64::from(*byte));
-            }
-        };
-        fold(self.dataset.key.as_bytes());
-        let weights = self.weights.iter();
-        for (weights, name) in weights.flat_map(|w| w.names().map(move |name| (w, name))) {
-            fold(name.as_bytes());
-            for size in weights.shape(name).unwrap_or_default() {
-                fold(&size.to_le_bytes());
-            }
-            if let Ok(Some(raw)) = weights.raw(name) {
-                fold(&raw[..raw.len().min(ENDS)]);
-                fold(&raw[raw.len().saturating_sub(ENDS)..]);
-            }
+        let mut hash = blake3::Hasher::new();
+        hash.update(&(self.dataset.train.len() as u64).to_le_bytes());
+        hash.update(self.dataset.key.as_bytes());
+        if let Some(weights) = &self.weights {
+            hash.update(weights.fingerprint().as_bytes());
         }
-        format!("{:016x}", stream.bits(0))
+        hash.finalize().to_hex()[..16].to_string()
     }
 }

@@ -27,6 +27,19 @@ pub(super) const KNOBS: &[Knob] = &[
     .counts("micro-batches")
     .elsewhere(&["grad_accumulation_steps", "accumulation"]),
     Knob::new(
+        "train.optimizer",
+        Kind::Choice(&[
+            ("adamw", "AdamW, as torch has it"),
+            (
+                "lora_fa",
+                "A of the adapters is frozen, B trains by a projected gradient (LoRA-FA, arXiv 2308.03303), as PEFT's `create_lorafa_optimizer` does it: half the optimizer's memory",
+            ),
+        ]),
+        "adamw",
+        "What turns gradients into steps.",
+    )
+    .elsewhere(&["optim", "optimizer_type", "opt"]),
+    Knob::new(
         "train.learning_rate",
         Kind::Real(POSITIVE, ONE),
         "2e-4",
