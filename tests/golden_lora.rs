@@ -283,6 +283,7 @@ fn check_gradients(gradients: &Gradients, expected: &Tensors, figures: &mut Figu
             "lora_b" => names::peft_key(&kept, LoraHalf::B),
             "lambda_d" => names::lambda_key(module, LoraHalf::A),
             "lambda_b" => names::lambda_key(module, LoraHalf::B),
+            "token_rows" => names::token_rows_key(module),
             "magnitude" => names::magnitude_key(module),
             _ => names::saved_key(name, adapted.contains(module)),
         };
@@ -354,6 +355,13 @@ fn check_final(
         if let (Some(got), Some(want)) = (&got.magnitude, &want.magnitude) {
             check(format!("{module} magnitude"), got, want);
         }
+    }
+    if !got.token_rows.keys().eq(want.token_rows.keys()) {
+        return Err(failed("the tables with trained rows differ"));
+    }
+    for (module, want) in &want.token_rows {
+        let name = format!("{module} rows");
+        check(name, &got.token_rows[module].values, &want.values);
     }
     if let (Some(got), Some(want)) = (&got.vera, &want.vera) {
         if got.shared != want.shared || !got.lambdas.keys().eq(want.lambdas.keys()) {

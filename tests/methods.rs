@@ -40,6 +40,14 @@ const METHODS: &[(&str, &[&str])] = &[
             "adapter.use_dora=true",
         ],
     ),
+    ("new tokens", &["adapter.new_tokens=[Define, <talk>]"]),
+    (
+        "listed tokens",
+        &[
+            "adapter.trainable_token_indices=[70, 300]",
+            "adapter.target_modules=[lm_head, q_proj]",
+        ],
+    ),
     (
         "whole modules",
         &[

@@ -116,6 +116,17 @@ pub fn combine(
             saved.insert(name.clone(), tensor.clone());
         }
     }
+    let with_rows: Vec<&Weighted> = (adapters.iter())
+        .filter(|adapter| !adapter.weights.token_rows.is_empty())
+        .collect();
+    if let [first, second, ..] = with_rows[..] {
+        return Err(CombineError::Twice {
+            name: "trainable_token_indices".to_owned(),
+            dirs: [first.dir.clone(), second.dir.clone()],
+        });
+    }
+    let token_rows =
+        (with_rows.first()).map_or_else(BTreeMap::new, |a| a.weights.token_rows.clone());
     let mut pairs = BTreeMap::new();
     for (module, summands) in &summands {
         same_shapes(module, summands)?;
@@ -136,6 +147,7 @@ pub fn combine(
     let weights = AdapterWeights {
         pairs: pairs.collect(),
         saved,
+        token_rows,
         vera: None,
         base: match Vec::from_iter(bases).as_slice() {
             [Some(base)] => Some(base.clone()),
@@ -166,7 +178,9 @@ fn check(adapter: &Weighted, combination: Combination) -> Result<(), CombineErro
          (PEFT's path_initial_model_for_weight_conversion)"
     } else if has_experts && combination != Combination::Cat {
         "adapters on experts can be added by `cat` only"
-    } else if adapter.weight != 1.0 && !adapter.weights.saved.is_empty() {
+    } else if adapter.weight != 1.0
+        && !(adapter.weights.saved.is_empty() && adapter.weights.token_rows.is_empty())
+    {
         "it trained tensors whole, which have no weight; give it the weight 1"
     } else {
         return Ok(());
@@ -320,6 +334,9 @@ fn config(
             .find(|bias| *bias != TrainedBias::None)
             .unwrap_or_default(),
         init_lora_weights: serde_json::Value::Bool(true),
+        trained_tokens: adapters
+            .iter()
+            .find_map(|a| a.config.trained_tokens.clone()),
         ..first.clone()
     }
 }

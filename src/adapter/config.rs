@@ -11,6 +11,7 @@ use serde_json::{Map, Value, json};
 use super::config_read::Reader;
 use super::residual::TakenOut;
 use super::target::Targeting;
+use super::tokens::TrainedTokens;
 use super::vera::{self, VeraConfig};
 pub use crate::recipe::plan::TrainedBias;
 use crate::recipe::plan::{AdapterPlan, InitMethod, TargetModules};
@@ -83,6 +84,8 @@ pub struct AdapterConfig {
     pub bias: TrainedBias,
     /// Whether `target_parameters` is an empty list in the file, not `null`.
     pub lists_no_parameters: bool,
+    /// Tokens whose rows train.
+    pub trained_tokens: Option<TrainedTokens>,
     /// Ends of the paths of modules that train whole and are saved whole.
     pub modules_to_save: Vec<String>,
     /// How the first weights were made: `true`, `false`, `"gaussian"`, `"orthogonal"`, `"eva"`,
@@ -107,7 +110,7 @@ fn inert_keys() -> [(&'static str, Value); 8] {
 }
 
 /// Keys of features that are not implemented, with the value that leaves them off.
-fn unsupported_keys() -> [(&'static str, Value); 13] {
+fn unsupported_keys() -> [(&'static str, Value); 12] {
     [
         ("alora_invocation_tokens", Value::Null),
         ("arrow_config", Value::Null),
@@ -118,7 +121,6 @@ fn unsupported_keys() -> [(&'static str, Value); 13] {
         ("lora_bias", json!(false)),
         ("megatron_config", Value::Null),
         ("monteclora_config", Value::Null),
-        ("trainable_token_indices", Value::Null),
         ("use_bdlora", Value::Null),
         ("use_qalora", json!(false)),
         ("velora_config", Value::Null),
@@ -145,6 +147,7 @@ impl AdapterConfig {
             lora_dropout: dropout,
             use_dora: false,
             vera: None,
+            trained_tokens: None,
             lists_no_parameters: false,
             bias: TrainedBias::None,
             modules_to_save: Vec::new(),
@@ -265,6 +268,10 @@ impl AdapterConfig {
                     [] => Value::Null,
                     modules => json!(modules),
                 },
+            ),
+            (
+                "trainable_token_indices",
+                (self.trained_tokens.as_ref()).map_or(Value::Null, TrainedTokens::to_json),
             ),
             ("r", json!(t.rank)),
             ("lora_alpha", number(t.alpha)),
@@ -397,14 +404,14 @@ mod tests {
     fn all_unsupported_features_come_in_one_error() {
         let error = parse(
             r#"{"peft_type": "LORA", "target_modules": ["q"], "lora_bias": true, "use_qalora": true,
-                "trainable_token_indices": [7], "init_lora_weights": "pissa_niter_4",
+                "layer_replication": [[0, 1]], "init_lora_weights": "pissa_niter_4",
                 "target_parameters": []}"#,
         )
         .unwrap_err();
         for part in [
             "lora_bias: true",
             "use_qalora: true",
-            "trainable_token_indices: [7]",
+            "layer_replication: [[0,1]]",
             "pissa_niter_4",
         ] {
             assert!(error.contains(part), "{error}");

@@ -4,6 +4,7 @@ use serde_json::{Map, Value, json};
 
 use super::config::AdapterConfig;
 use super::target::Targeting;
+use super::tokens::TrainedTokens;
 use super::vera::VeraConfig;
 use crate::recipe::plan::{TargetModules, TrainedBias};
 
@@ -75,6 +76,11 @@ impl<'a> Reader<'a> {
                 .get("use_dora", "true or false", Value::as_bool)
                 .unwrap_or(false),
             vera,
+            trained_tokens: self.get(
+                "trainable_token_indices",
+                "token ids, each once, or a map from modules to such",
+                TrainedTokens::read,
+            ),
             lists_no_parameters: self.json.get("target_parameters") == Some(&json!([])),
             bias: self
                 .get("bias", "none, all or lora_only", |value| match value {

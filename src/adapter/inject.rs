@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use burn::tensor::{Device, Tensor, TensorData};
+use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 
 use super::config::{AdapterConfig, TrainedBias};
 use super::peft::{AdapterWeights, LoraPair, Saved};
@@ -11,7 +11,7 @@ use super::vera::{self, VeraConfig, VeraWeights};
 use crate::device::to_vec;
 use crate::model::{CausalLm, names};
 use crate::nn::lora_linear::row_squares;
-use crate::nn::{ExpertDelta, Lambdas, LoraDelta, Magnitude, Parameter};
+use crate::nn::{ExpertDelta, Lambdas, LoraDelta, Magnitude, Parameter, TokenRows};
 use crate::random::Stream;
 
 /// The first values of adapters.
@@ -40,6 +40,7 @@ pub fn inject(
         .enumerate()
         .map(|(i, adapter)| (adapter.module.as_str(), (i, adapter)))
         .collect();
+    inject_tokens(model, config, init);
     if let Some(vera) = &config.vera {
         inject_vera(model, (config, vera), &by_module, init);
         train_whole(model, config, &by_module, init);
@@ -111,6 +112,42 @@ pub fn inject(
     });
     inject_experts(model, config, &by_module, init);
     train_whole(model, config, &by_module, init);
+}
+
+/// Makes chosen tokens' rows train. A head that is the embedding trains with it, unless it has been
+/// asked for other rows.
+fn inject_tokens(model: &mut CausalLm, config: &AdapterConfig, init: &Init) {
+    let Some(tokens) = &config.trained_tokens else {
+        return;
+    };
+    model.grow(tokens.vocabulary());
+    let device = model.device().clone();
+    let tied = model.is_tied();
+    let width = model.config().hidden_size;
+    for (module, table, slot) in model.token_rows() {
+        let Some(ids) = tokens.of(module).filter(|ids| !ids.is_empty()) else {
+            continue;
+        };
+        if module == names::HEAD && tied && tokens.of(names::EMBEDDING) == Some(ids) {
+            continue;
+        }
+        let loaded = match init {
+            Init::Loaded(loaded) => loaded.token_rows.get(module),
+            Init::Fresh { .. } => None,
+        };
+        let rows = match loaded {
+            Some(Saved { values, .. }) => leaf(values.clone(), [ids.len(), width], &device),
+            None => {
+                let at: Vec<i32> = ids.iter().map(|id| *id as i32).collect();
+                let at = TensorData::new(at, [ids.len()]);
+                let at = Tensor::<1, Int>::from_data(at, &device);
+                let rows = table.select(0, at).cast(DType::F32);
+                rows.autodiff().require_grad()
+            }
+        };
+        let ids = ids.to_vec();
+        *slot = Some(TokenRows { ids, rows });
+    }
 }
 
 /// Gives the chosen layers VeRA's deltas, which share their factors.
@@ -350,6 +387,15 @@ pub fn extract(model: &mut CausalLm) -> AdapterWeights {
         if let Some(lora) = &layer.lora {
             let pair = pair_of(&lora.lora_a, &lora.lora_b);
             adapter.pairs.insert(path, pair);
+        }
+    }
+    for (module, _, rows) in model.token_rows() {
+        if let Some(TokenRows { rows, .. }) = rows {
+            let saved = Saved {
+                shape: rows.dims().to_vec(),
+                values: to_vec(Parameter::Matrix(rows).flat()),
+            };
+            adapter.token_rows.insert(module.to_owned(), saved);
         }
     }
     model.visit_trainable(&mut |name, parameter| {

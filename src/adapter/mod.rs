@@ -16,4 +16,5 @@ pub mod residual;
 pub mod target;
 mod target_fault;
 mod target_written;
+pub mod tokens;
 pub mod vera;

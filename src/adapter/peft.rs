@@ -128,6 +128,8 @@ pub struct AdapterWeights {
     pub pairs: BTreeMap<String, LoraPair>,
     /// Tensors of the base that trained whole, by name.
     pub saved: BTreeMap<String, Saved>,
+    /// Trained rows of tables of tokens, by the tables' paths; their order is the configuration's.
+    pub token_rows: BTreeMap<String, Saved>,
     /// VeRA's vectors and projections, in place of `pairs`.
     pub vera: Option<VeraWeights>,
     /// Fingerprint of the base that it was trained on, where the file says so
@@ -155,7 +157,7 @@ impl AdapterWeights {
             add(module, &lambdas.d);
             add(module, &lambdas.b);
         }
-        for (name, saved) in &self.saved {
+        for (name, saved) in self.saved.iter().chain(&self.token_rows) {
             add(name, &saved.values);
         }
         hash.finalize().to_hex()[..32].to_string()
@@ -188,7 +190,8 @@ impl AdapterWeights {
             let magnitudes = pair.magnitude.as_ref().map_or(0, Vec::len);
             pair.a.len() + pair.b.len() + magnitudes
         });
-        let saved = self.saved.values().map(|saved| saved.values.len());
+        let saved = self.saved.values().chain(self.token_rows.values());
+        let saved = saved.map(|saved| saved.values.len());
         let lambdas = (self.vera.iter())
             .flat_map(|vera| vera.lambdas.values())
             .map(|lambdas| lambdas.b.len() + lambdas.d.len());
@@ -226,6 +229,17 @@ pub fn fit_model(
     adapter: &AdapterWeights,
     model: &ModelConfig,
 ) -> Result<Vec<ModuleAdapter>, PeftError> {
+    let grown;
+    let model = match &config.trained_tokens {
+        Some(tokens) if tokens.vocabulary() > model.vocab_size => {
+            grown = ModelConfig {
+                vocab_size: tokens.vocabulary(),
+                ..model.clone()
+            };
+            &grown
+        }
+        _ => model,
+    };
     let layers = names::adaptable(model);
     let modules = match &adapter.vera {
         Some(vera) => fit_vera(dir, config, vera, &layers)?,
@@ -238,6 +252,14 @@ pub fn fit_model(
     let tensors: BTreeMap<String, Vec<usize>> =
         names::tensors(model).into_iter().chain([head]).collect();
     let mut faults = Vec::new();
+    for (module, rows) in &adapter.token_rows {
+        if rows.shape.get(1) != Some(&model.hidden_size) {
+            faults.push(format!(
+                "{module}: expected trained rows of {}, found {:?}",
+                model.hidden_size, rows.shape
+            ));
+        }
+    }
     for (name, saved) in &adapter.saved {
         match tensors.get(name) {
             Some(shape) if *shape == saved.shape => {}

@@ -52,6 +52,15 @@ pub fn read_adapter(dir: &Path) -> Result<(AdapterConfig, AdapterWeights), PeftE
     if config.vera.is_some() {
         check_projections(&weights, &config, &mut faults);
     }
+    if let Some(tokens) = &config.trained_tokens {
+        for module in [names::EMBEDDING, names::HEAD] {
+            // A head that is the embedding has no rows of its own.
+            let asked = tokens.of(module).is_some_and(|ids| !ids.is_empty());
+            if asked && module == names::EMBEDDING && !found.token_rows.contains_key(module) {
+                faults.push(format!("{}: missing", names::token_rows_key(module)));
+            }
+        }
+    }
     if found.modules.is_empty() && faults.is_empty() {
         faults.push("no tensors".to_owned());
     }
@@ -74,12 +83,17 @@ pub fn read_adapter(dir: &Path) -> Result<(AdapterConfig, AdapterWeights), PeftE
         let pair = read_pair(&weights, &key, config.use_dora)?;
         read.pairs.insert(module, pair);
     }
+    let saved = |key: &str| -> Result<Saved, PeftError> {
+        Ok(Saved {
+            values: weights.read_f32(key)?,
+            shape: weights.shape(key).unwrap_or_default().to_vec(),
+        })
+    };
     for (name, key) in found.saved {
-        let saved = Saved {
-            values: weights.read_f32(&key)?,
-            shape: weights.shape(&key).unwrap_or_default().to_vec(),
-        };
-        read.saved.insert(name, saved);
+        read.saved.insert(name, saved(&key)?);
+    }
+    for (module, key) in found.token_rows {
+        read.token_rows.insert(module, saved(&key)?);
     }
     Ok((config, read))
 }
@@ -95,6 +109,16 @@ struct Found {
     modules: BTreeMap<String, String>,
     /// Tensors of the base that trained: their names, and their keys in the file.
     saved: BTreeMap<String, String>,
+    /// Tables of tokens with trained rows, and those rows' keys.
+    token_rows: BTreeMap<String, String>,
+}
+
+/// How many rows of a table train.
+fn tokens_of(config: &AdapterConfig, module: &str) -> usize {
+    let tokens = config.trained_tokens.as_ref();
+    tokens
+        .and_then(|tokens| tokens.of(module))
+        .map_or(0, <[usize]>::len)
 }
 
 impl Found {
@@ -108,6 +132,7 @@ impl Found {
         let mut found = Self {
             modules: BTreeMap::new(),
             saved: BTreeMap::new(),
+            token_rows: BTreeMap::new(),
         };
         for key in weights.names() {
             match names::parse_peft_tensor(key) {
@@ -123,6 +148,16 @@ impl Found {
                     found.modules.insert(module.clone(), module);
                 }
                 Some(PeftTensor::Projection(_)) if config.vera.is_some() => {}
+                Some(PeftTensor::TokenRows(module)) if tokens_of(config, &module) > 0 => {
+                    let expected = tokens_of(config, &module);
+                    if !matches!(weights.shape(key), Some(&[n, _]) if n == expected) {
+                        faults.push(format!(
+                            "{key}: expected [{expected}, width], found {:?}",
+                            weights.shape(key)
+                        ));
+                    }
+                    found.token_rows.insert(module, key.to_owned());
+                }
                 Some(PeftTensor::Frozen) => {}
                 _ => faults.push(format!(
                     "{key}: not a lora_A or lora_B of a linear layer, nor anything else that \

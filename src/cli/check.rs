@@ -132,7 +132,7 @@ fn summarise(prepared: &Prepared, device: String) -> Summary<'_> {
             path: &prepared.base,
             layers: config.num_hidden_layers,
             hidden_size: config.hidden_size,
-            vocab_size: config.vocab_size,
+            vocab_size: prepared.vocab_size(),
             positions: config.max_position_embeddings,
             parameters,
         },

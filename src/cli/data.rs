@@ -41,8 +41,7 @@ struct Opened {
 fn open(args: &DataRecipe, renderer: &mut Renderer) -> anyhow::Result<Opened> {
     let plan = plan(&args.recipe, &args.set)?;
     let base = prepare::locate(&plan, &mut |progress| renderer.loading(&progress));
-    let template = plan.data.chat_template.as_deref().map(Path::new);
-    let tokenizer = ChatTokenizer::open(&base?, template).map_err(usage)?;
+    let (tokenizer, _) = prepare::tokenizer(&plan, &base?).map_err(usage)?;
     Ok(Opened { plan, tokenizer })
 }
 

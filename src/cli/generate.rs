@@ -11,6 +11,7 @@ use super::warnings::Warning;
 use super::{Exit, Usage, interrupt};
 use crate::adapter::inject::{self, Init};
 use crate::adapter::peft;
+use crate::adapter::tokens::TrainedTokens;
 use crate::data::tokenize::ChatTokenizer;
 use crate::device;
 use crate::hub;
@@ -36,7 +37,6 @@ pub fn run(args: &GenerateArgs, output: &Output) -> anyhow::Result<Exit> {
         _ => ChatTokenizer::open(&base, None)?,
     };
     let prompt = infer::prompt_ids(&tokenizer, args.system.as_deref(), &args.prompt)?;
-    check_prompt(&prompt, &config)?;
     let adapter = match &args.adapter {
         Some(dir) => {
             let (adapter, weights) = peft::read_adapter(dir)?;
@@ -45,6 +45,13 @@ pub fn run(args: &GenerateArgs, output: &Output) -> anyhow::Result<Exit> {
         }
         None => None,
     };
+    let tokens = adapter
+        .as_ref()
+        .and_then(|(adapter, ..)| adapter.trained_tokens.as_ref());
+    let vocabulary = tokens
+        .map_or(0, TrainedTokens::vocabulary)
+        .max(config.vocab_size);
+    check_prompt(&prompt, &config, vocabulary)?;
     warn(&tokenizer, args, &mut renderer);
     let mut model =
         CausalLm::load(&weights, config, &device.device).context("cannot load the base model")?;
@@ -56,14 +63,13 @@ pub fn run(args: &GenerateArgs, output: &Output) -> anyhow::Result<Exit> {
 }
 
 /// Refuses a prompt that the model has no embeddings or no positions for.
-fn check_prompt(prompt: &[u32], config: &ModelConfig) -> anyhow::Result<()> {
+fn check_prompt(prompt: &[u32], config: &ModelConfig, vocabulary: usize) -> anyhow::Result<()> {
     if prompt.is_empty() {
         return Err(Usage("--prompt is empty, so there is nothing to go on from".into()).into());
     }
-    if let Some(id) = prompt.iter().find(|&&id| id as usize >= config.vocab_size) {
+    if let Some(id) = prompt.iter().find(|&&id| id as usize >= vocabulary) {
         anyhow::bail!(
-            "token id {id} of the prompt is not in the model's vocabulary of {}; the tokenizer does not belong to this model",
-            config.vocab_size
+            "token id {id} of the prompt is not in the model's vocabulary of {vocabulary}; the tokenizer does not belong to this model"
         );
     }
     if prompt.len() >= config.max_position_embeddings {

@@ -59,7 +59,7 @@ pub fn run(args: &TrainArgs, output: &Output) -> anyhow::Result<Exit> {
         &prepared.plan,
         &prepared.dataset,
         &prepared.tokenizer,
-        prepared.config.vocab_size,
+        prepared.vocab_size(),
         progress.cursor.clone(),
     )?;
     let mut trainer = Trainer {

@@ -254,7 +254,7 @@ pub fn prepare(
     let adapter = one_adapter(job, adapters)?;
     let mut merger = Merger::new(job, &weights, &config, &adapter)?;
     let dir = PartialDir::create(job.out)?;
-    let tokenizer_from = write_sidecars(job, &weights, merger.untied, dir.path())?;
+    let tokenizer_from = write_sidecars(job, &weights, &merger, dir.path())?;
     let tensors = merger.tensors()?;
     let total = tensors.iter().filter_map(TensorInfo::bytes).sum::<usize>() as u64;
     let mut done = 0;
@@ -387,7 +387,7 @@ fn real(path: &Path) -> PathBuf {
 fn write_sidecars(
     job: &MergeJob,
     weights: &Weights,
-    untied: bool,
+    merger: &Merger,
     to: &Path,
 ) -> Result<Option<PathBuf>, MergeError> {
     let from_gguf = weights.gguf().is_some();
@@ -401,8 +401,11 @@ fn write_sidecars(
             None => read_config(base_dir)?,
         }
     };
-    if untied {
+    if merger.untied {
         config_json["tie_word_embeddings"] = Value::Bool(false);
+    }
+    if let Some(vocab_size) = merger.new_vocabulary() {
+        config_json["vocab_size"] = Value::from(vocab_size);
     }
     write_json(&to.join("config.json"), &config_json)?;
     // An adapter's own tokenizer carries the chat template that it was trained with.

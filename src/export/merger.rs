@@ -15,6 +15,7 @@ use crate::adapter::merge::{DeltaSize, merge_into, merge_into_embedding, replace
 use crate::adapter::peft::{AdapterConfig, AdapterWeights, LoraPair, Saved, fit_model};
 use crate::adapter::residual::TakenOut;
 use crate::adapter::target::ModuleAdapter;
+use crate::adapter::tokens::TrainedTokens;
 use crate::model::config::ModelConfig;
 use crate::model::names;
 use crate::model::pieces::pieces;
@@ -28,25 +29,33 @@ enum Change {
     Delta(String, Vec<LoraPair>, f64),
     /// Puts another in place of the tensor of this name.
     Whole(String, Saved),
+    /// Puts others in place of these rows of this module's table of tokens.
+    Rows(String, Vec<usize>, Vec<f32>),
 }
 
 /// The output head and the embedding.
 const HEAD: &str = "lm_head.weight";
 const EMBEDDING: &str = "model.embed_tokens.weight";
+/// What has a row for each token.
+const TABLES: [&str; 3] = [HEAD, EMBEDDING, "lm_head.bias"];
 
 /// Whether an adapter changes the embedding or the output head of a model in which they are one
 /// matrix, so that they are two from then on.
 fn unties(adapter: &AdapterConfig, trained: &AdapterWeights, config: &ModelConfig) -> bool {
     let changes = |module| adapter.saves(module) || trained.pairs.contains_key(module);
-    config.tie_word_embeddings && [names::HEAD, names::EMBEDDING].into_iter().any(changes)
+    let own_rows = trained.token_rows.contains_key(names::HEAD);
+    let changed = [names::HEAD, names::EMBEDDING].into_iter().any(changes);
+    config.tie_word_embeddings && (changed || own_rows)
 }
 
 /// Reads the base's tensors and adds the deltas.
 pub(super) struct Merger<'a> {
     job: &'a MergeJob<'a>,
     weights: &'a Weights,
-    /// By name in the base's files.
-    changes: BTreeMap<String, Change>,
+    /// By name in the base's files; several are made in turn.
+    changes: BTreeMap<String, Vec<Change>>,
+    /// Tokens that the merged model has room for.
+    vocab_size: usize,
     /// Whether the output head, which is the embedding in the base, is written as its own.
     pub(super) untied: bool,
     /// What the base lost before the adapter trained.
@@ -75,7 +84,7 @@ impl<'a> Merger<'a> {
         // Before anything is written, for this is the common case: an adapter never trained.
         let deltas =
             |m: &ModuleAdapter| m.scaling != 0.0 && trained.pairs.get(&m.module).is_some_and(adds);
-        if !fitted.iter().any(deltas) && trained.saved.is_empty() {
+        if !fitted.iter().any(deltas) && trained.saved.is_empty() && trained.token_rows.is_empty() {
             let cause =
                 "all its deltas are zero (B is zero until the first training step); train it first";
             return Err(MergeError::EqualsBase {
@@ -86,7 +95,11 @@ impl<'a> Merger<'a> {
         let shapes: BTreeMap<_, _> = names::tensors(config).into_iter().collect();
         let file_name = |name: &str| names::in_files(config.family, name);
         let untied = unties(adapter, &trained, config);
-        let mut changes = BTreeMap::new();
+        let mut changes: BTreeMap<String, Vec<Change>> = BTreeMap::new();
+        let mut change = |name: String, change| changes.entry(name).or_default().push(change);
+        for (table, rows) in row_changes(adapter, &trained, untied) {
+            change(table.to_owned(), rows);
+        }
         for ModuleAdapter {
             module, scaling, ..
         } in fitted
@@ -96,18 +109,18 @@ impl<'a> Merger<'a> {
             };
             let Some(&[experts, out, input]) = shapes.get(&module).map(Vec::as_slice) else {
                 let name = file_name(&format!("{module}.weight"));
-                changes.insert(name, Change::Delta(module, vec![pair], scaling));
+                change(name, Change::Delta(module, vec![pair], scaling));
                 continue;
             };
             let shape = [experts, out, input];
             for piece in pieces(config, &module, &shape) {
                 let parts = experts::deltas_of(&piece, &pair, shape);
                 let module = piece.name.trim_end_matches(".weight").to_owned();
-                changes.insert(piece.name, Change::Delta(module, parts, scaling));
+                change(piece.name, Change::Delta(module, parts, scaling));
             }
         }
         for (name, saved) in trained.saved {
-            changes.insert(file_name(&name), Change::Whole(name, saved));
+            change(file_name(&name), Change::Whole(name, saved));
         }
         let (modules, unchanged) = (Vec::new(), Vec::new());
         Ok(Self {
@@ -116,6 +129,9 @@ impl<'a> Merger<'a> {
             untied,
             taken_out: adapter.taken_out(),
             changes,
+            vocab_size: (adapter.trained_tokens.as_ref())
+                .map_or(0, TrainedTokens::vocabulary)
+                .max(config.vocab_size),
             modules,
             unchanged,
             total: DeltaSize::default(),
@@ -123,13 +139,23 @@ impl<'a> Merger<'a> {
         })
     }
 
+    /// Tokens that the merged model has room for, where the base has less.
+    pub(super) fn new_vocabulary(&self) -> Option<usize> {
+        let before = self.weights.shape(EMBEDDING)?.first()?;
+        (self.vocab_size > *before).then_some(self.vocab_size)
+    }
+
     /// The tensors to write, in the base's order; a head that was the embedding comes last.
     pub(super) fn tensors(&self) -> Result<Vec<TensorInfo>, MergeError> {
         let info = |name: &str, like: &str| {
+            let mut shape = self.weights.shape(like).unwrap_or_default().to_vec();
+            if TABLES.contains(&name) {
+                shape[0] = self.vocab_size;
+            }
             Ok(TensorInfo {
                 name: name.to_owned(),
                 dtype: self.target(like)?,
-                shape: self.weights.shape(like).unwrap_or_default().to_vec(),
+                shape,
             })
         };
         let head = self.untied.then(|| info(HEAD, EMBEDDING));
@@ -163,8 +189,10 @@ impl<'a> Merger<'a> {
         };
         let same = self.weights.dtype(name).and_then(stored) == Some(info.dtype);
         let raw = self.weights.raw(name)?.filter(|_| same);
-        let change = self.changes.remove(&info.name);
-        if let (Some(raw), None) = (raw, &change) {
+        let changes = self.changes.remove(&info.name).unwrap_or_default();
+        let elements = info.shape.iter().product::<usize>();
+        let grows = self.weights.shape(name) != Some(&info.shape);
+        if let (Some(raw), true, false) = (raw, changes.is_empty(), grows) {
             return Ok(Cow::Borrowed(raw));
         }
         let dtype = SaveDtype::from_stored(info.dtype).ok_or_else(|| MergeError::Dtype {
@@ -172,28 +200,18 @@ impl<'a> Merger<'a> {
             dtype: self.weights.dtype(name).unwrap_or(Dtype::F32),
         })?;
         let mut values = self.weights.read_f32(name)?;
-        let (module, scaling, size) = match change {
-            None => return Ok(Cow::Owned(dtype.encode(&values).into_owned())),
-            Some(Change::Delta(module, mut pairs, scaling)) => {
-                if let (Some(taken), [pair]) = (self.taken_out, &mut pairs[..])
-                    && module != names::EMBEDDING
-                {
-                    let (rank, shape) = (pair.a_shape[0], [pair.b_shape[0], pair.a_shape[1]]);
-                    *pair = pair.minus(&taken.first_values(&values, shape, rank, scaling));
-                }
-                let matrix = values.len() / pairs.len();
-                let parts = values.chunks_mut(matrix.max(1)).zip(&pairs);
-                let sizes = parts.map(|(w, pair)| match module == names::EMBEDDING {
-                    true => merge_into_embedding(w, pair, scaling),
-                    false => merge_into(w, pair, scaling),
-                });
-                let size = sizes.fold(DeltaSize::default(), DeltaSize::and);
-                (module, scaling, size)
-            }
-            Some(Change::Whole(name, saved)) => {
-                let size = replace(&mut values, saved.values);
-                (name, 1.0, size)
-            }
+        // New rows are trained ones, and new biases zero.
+        values.resize(elements, 0.0);
+        let mut merged = None;
+        for change in changes {
+            let found = self.make(change, &mut values);
+            let before = merged
+                .take()
+                .map_or(DeltaSize::default(), |(_, _, size)| size);
+            merged = Some((found.0, found.1, before.and(found.2)));
+        }
+        let Some((module, scaling, size)) = merged else {
+            return Ok(Cow::Owned(dtype.encode(&values).into_owned()));
         };
         if !size.is_finite() {
             return Err(MergeError::NotFinite {
@@ -214,6 +232,41 @@ impl<'a> Merger<'a> {
             delta_norm,
         });
         Ok(Cow::Owned(bytes))
+    }
+
+    /// Makes a change in a tensor's values; returns what was changed, its scaling and its size.
+    fn make(&self, change: Change, values: &mut [f32]) -> (String, f64, DeltaSize) {
+        match change {
+            Change::Delta(module, mut pairs, scaling) => {
+                if let (Some(taken), [pair]) = (self.taken_out, &mut pairs[..])
+                    && module != names::EMBEDDING
+                {
+                    let (rank, shape) = (pair.a_shape[0], [pair.b_shape[0], pair.a_shape[1]]);
+                    *pair = pair.minus(&taken.first_values(values, shape, rank, scaling));
+                }
+                let matrix = values.len() / pairs.len();
+                let parts = values.chunks_mut(matrix.max(1)).zip(&pairs);
+                let sizes = parts.map(|(w, pair)| match module == names::EMBEDDING {
+                    true => merge_into_embedding(w, pair, scaling),
+                    false => merge_into(w, pair, scaling),
+                });
+                let size = sizes.fold(DeltaSize::default(), DeltaSize::and);
+                (module, scaling, size)
+            }
+            Change::Whole(name, saved) => {
+                let size = replace(values, saved.values);
+                (name, 1.0, size)
+            }
+            Change::Rows(module, ids, rows) => {
+                let width = rows.len() / ids.len().max(1);
+                let mut size = DeltaSize::default();
+                for (id, row) in ids.iter().zip(rows.chunks_exact(width)) {
+                    let place = &mut values[id * width..][..width];
+                    size = size.and(replace(place, row.to_vec()));
+                }
+                (module, 1.0, size)
+            }
+        }
     }
 
     pub(super) fn report(
@@ -242,6 +295,27 @@ impl<'a> Merger<'a> {
             tokenizer_from,
         })
     }
+}
+
+/// Trained rows: the tensor, the module, the tokens and their rows. A head that parts from the embedding
+/// takes its rows along, unless it has its own.
+fn row_changes(
+    adapter: &AdapterConfig,
+    trained: &AdapterWeights,
+    untied: bool,
+) -> Vec<(&'static str, Change)> {
+    let Some(tokens) = &adapter.trained_tokens else {
+        return Vec::new();
+    };
+    let rows = |table: &'static str, module: &str, to: &str| {
+        let (ids, rows) = (tokens.of(module)?, trained.token_rows.get(module)?);
+        let change = Change::Rows(to.to_owned(), ids.to_vec(), rows.values.clone());
+        Some((table, change))
+    };
+    let own = rows(HEAD, names::HEAD, names::HEAD);
+    let shared = || rows(HEAD, names::EMBEDDING, names::HEAD).filter(|_| untied);
+    let embedding = rows(EMBEDDING, names::EMBEDDING, names::EMBEDDING);
+    embedding.into_iter().chain(own.or_else(shared)).collect()
 }
 
 /// What safetensors calls the type; `None` for GGUF's.

@@ -14,7 +14,7 @@ use crate::adapter::peft::{
 use crate::adapter::vera::{Lambdas, VeraWeights};
 use crate::model::names::{
     EMBEDDING, LoraHalf, lambda_key, magnitude_key, peft_key, peft_module, projection_key,
-    saved_key,
+    saved_key, token_rows_key,
 };
 
 /// Why an adapter could not be written.
@@ -98,6 +98,9 @@ pub fn write_adapter_files(
         if let Some(magnitude) = &pair.magnitude {
             add(magnitude_key(&module), &[magnitude.len()], magnitude);
         }
+    }
+    for (module, rows) in &adapter.token_rows {
+        add(token_rows_key(module), &rows.shape, &rows.values);
     }
     if let Some(VeraWeights { shared, lambdas }) = &adapter.vera {
         for (module, Lambdas { d, b }) in lambdas {

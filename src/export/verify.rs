@@ -75,17 +75,21 @@ pub fn verify(
     merged: &Path,
     device: &Device,
 ) -> Result<Comparison, VerifyError> {
-    let (adapted, plain) = {
+    let (probe, adapted, plain) = {
         let mut model = load(base, device)?;
         let probe = probe(&model);
+        if let Some(tokens) = &config.trained_tokens {
+            model.grow(tokens.vocabulary());
+        }
         let plain = logits(&model, &probe);
         let modules = peft::fit_model(merged, config, weights, model.config())?;
         inject::inject(&mut model, config, &modules, &Init::Loaded(weights));
-        (logits(&model.frozen(), &probe), plain)
+        let adapted = logits(&model.frozen(), &probe);
+        (probe, adapted, plain)
     };
     let weights = Weights::open(merged)?;
     let model = CausalLm::load(&weights, weights.config()?, device)?;
-    let merged = logits(&model, &probe(&model));
+    let merged = logits(&model, &probe);
     let vocabulary = model.config().vocab_size;
     let comparison = Comparison {
         max_difference: (merged.iter().zip(&adapted))

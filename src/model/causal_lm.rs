@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use burn::tensor::{Device, Int, Tensor, TensorData};
+use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 
 use super::block::Block;
 use super::config::{ModelConfig, RopeScaling};
@@ -11,7 +11,8 @@ use super::weights::{self, Weights, WeightsError};
 use super::{build, names};
 use crate::kernels::{self, Head, LogitShape, Segments};
 use crate::nn::{
-    Dropout, ExpertLinear, LayerCache, LoraDelta, LoraLinear, Norm, Parameter, Rope, Rows, Visitor,
+    Dropout, ExpertLinear, LayerCache, LoraDelta, LoraLinear, Norm, Parameter, Rope, Rows,
+    TokenRows, Visitor,
 };
 
 /// A causal language model on one device, in f32.
@@ -28,6 +29,9 @@ pub struct CausalLm {
     /// The embedding's delta: B has a row for each token, A turns it into an embedding.
     embedding_delta: Option<LoraDelta>,
     head_delta: Option<LoraDelta>,
+    /// Tokens whose rows train; where the head is the embedding, there too.
+    embedding_rows: Option<TokenRows>,
+    head_rows: Option<TokenRows>,
     ropes: Vec<Rope>,
     device: Device,
 }
@@ -122,6 +126,8 @@ impl CausalLm {
             head_bias,
             embedding_delta: None,
             head_delta: None,
+            embedding_rows: None,
+            head_rows: None,
             ropes: config.ropes.iter().cloned().map(Rope::new).collect(),
             device: reader.device().clone(),
             config,
@@ -144,6 +150,10 @@ impl CausalLm {
         let ids = TensorData::new(tokens.ids.to_vec(), [n]);
         let ids = Tensor::<1, Int>::from_data(ids, &self.device);
         let mut embedded = self.look_up(&self.embed_tokens, &ids, tokens.ids);
+        if let Some(rows) = &self.embedding_rows {
+            let pad = self.config.pad_token_id.map(|id| id as i32);
+            embedded = rows.replace(embedded, tokens.ids, pad);
+        }
         if let Some(delta) = &self.embedding_delta {
             let low = self.look_up(&delta.lora_b, &ids, tokens.ids); // [N, R]
             embedded = embedded + low.matmul(delta.lora_a.clone()) * delta.scaling;
@@ -259,7 +269,12 @@ impl CausalLm {
             bias: self.head_bias.clone(),
             lora: self.head_delta.clone(),
         };
-        kernels::shape_logits(head.forward(hidden, dropout), self.logit_shape())
+        let mut products = head.forward(hidden.clone(), dropout);
+        if let Some(rows) = self.head_rows() {
+            let (low, up) = rows.delta(hidden, &head.weight);
+            products = products + low.matmul(up.transpose());
+        }
+        kernels::shape_logits(products, self.logit_shape())
     }
 
     /// Summed cross entropy of the rows whose target is not negative. `[1]` `dropout` is `None` outside
@@ -270,7 +285,7 @@ impl CausalLm {
         targets: Arc<[i32]>,
         dropout: Option<Dropout>,
     ) -> Tensor<1> {
-        let delta = match &self.head_delta {
+        let mut delta = match &self.head_delta {
             // The lengths of rows apply to finished logits.
             Some(delta) if delta.magnitude.is_some() => {
                 return kernels::cross_entropy::of_labelled(hidden, &targets, |hidden| {
@@ -280,6 +295,13 @@ impl CausalLm {
             Some(delta) => Some((delta.low(hidden.clone(), dropout), delta.factors().1)),
             None => None,
         };
+        if let Some(rows) = self.head_rows() {
+            let (low, up) = rows.delta(hidden.clone(), &self.head());
+            delta = Some(match delta {
+                Some((l, u)) => (Tensor::cat(vec![l, low], 1), Tensor::cat(vec![u, up], 1)),
+                None => (low, up),
+            });
+        }
         let head = Head {
             weight: self.head(),
             delta,
@@ -299,6 +321,66 @@ impl CausalLm {
     /// The output head, `[V, D]`.
     fn head(&self) -> Tensor<2> {
         self.lm_head.as_ref().unwrap_or(&self.embed_tokens).clone()
+    }
+
+    /// The trained rows that the output head uses.
+    fn head_rows(&self) -> Option<&TokenRows> {
+        let shared = self.embedding_rows.as_ref();
+        let shared = shared.filter(|_| self.lm_head.is_none());
+        self.head_rows.as_ref().or(shared)
+    }
+
+    /// The trained rows of the embedding and of the output head, with the tables that they belong to.
+    pub fn token_rows(&mut self) -> [(&'static str, Tensor<2>, &mut Option<TokenRows>); 2] {
+        let head = self.head();
+        let table = self.embed_tokens.clone();
+        [
+            (names::EMBEDDING, table, &mut self.embedding_rows),
+            (names::HEAD, head, &mut self.head_rows),
+        ]
+    }
+
+    /// Whether the output head is the embedding.
+    pub fn is_tied(&self) -> bool {
+        self.lm_head.is_none()
+    }
+
+    /// Gives a token the mean of other tokens' rows, in the embedding and in the output head.
+    pub fn set_to_mean(&mut self, id: usize, of: &[u32]) {
+        let at: Vec<i32> = of.iter().map(|id| *id as i32).collect();
+        let at = TensorData::new(at, [of.len()]);
+        let at = Tensor::<1, Int>::from_data(at, &self.device);
+        for table in [Some(&mut self.embed_tokens), self.lm_head.as_mut()] {
+            let Some(table) = table else {
+                continue;
+            };
+            let rows = table.clone().select(0, at.clone()).cast(DType::F32);
+            let mean = rows.mean_dim(0).cast(table.dtype());
+            let width = table.dims()[1];
+            *table = table.clone().slice_assign([id..id + 1, 0..width], mean);
+        }
+    }
+
+    /// Makes room for a larger vocabulary; the new rows are zero. Smaller ones change nothing.
+    pub fn grow(&mut self, vocab_size: usize) {
+        let Some(more) = vocab_size.checked_sub(self.config.vocab_size) else {
+            return;
+        };
+        if more == 0 {
+            return;
+        }
+        let device = self.device.clone();
+        let longer = |table: &Tensor<2>| {
+            let new = Tensor::<2>::zeros([more, table.dims()[1]], &device).cast(table.dtype());
+            Tensor::cat(vec![table.clone(), new], 0)
+        };
+        let tables = [Some(&mut self.embed_tokens), self.lm_head.as_mut()];
+        for table in tables.into_iter().flatten() {
+            *table = longer(table);
+        }
+        self.head_bias = (self.head_bias.as_ref())
+            .map(|bias| Tensor::cat(vec![bias.clone(), Tensor::zeros([more], &device)], 0));
+        self.config.vocab_size = vocab_size;
     }
 
     /// An empty cache for one sample.
@@ -359,6 +441,10 @@ impl CausalLm {
         if let Some(delta) = &mut self.embedding_delta {
             delta.visit(names::EMBEDDING, visitor);
         }
+        if let Some(rows) = &mut self.embedding_rows {
+            let name = format!("{}.token_rows", names::EMBEDDING);
+            visitor(&name, Parameter::Matrix(&mut rows.rows));
+        }
         for (i, block) in self.blocks.iter_mut().enumerate() {
             block.visit(&names::block(i), visitor);
         }
@@ -371,6 +457,10 @@ impl CausalLm {
         }
         if let Some(delta) = &mut self.head_delta {
             delta.visit(names::HEAD, visitor);
+        }
+        if let Some(rows) = &mut self.head_rows {
+            let name = format!("{}.token_rows", names::HEAD);
+            visitor(&name, Parameter::Matrix(&mut rows.rows));
         }
     }
 

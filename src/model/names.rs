@@ -242,6 +242,8 @@ pub enum PeftTensor {
     Half(String, LoraHalf),
     /// The lengths that DoRA gives the rows of a module's weight.
     Magnitude(String),
+    /// The trained rows of a table of tokens.
+    TokenRows(String),
     /// One of the factors that VeRA's modules share.
     Projection(LoraHalf),
     /// VeRA's vector of a module: λ_d beside A, λ_b beside B.
@@ -256,6 +258,14 @@ pub enum PeftTensor {
 const MAGNITUDE: &str = ".lora_magnitude_vector";
 /// What PEFT puts between the path of a module that carries a delta and its own tensors.
 const BASE_LAYER: &str = ".base_layer";
+
+/// What PEFT puts after the path of a table of tokens for its trained rows.
+const TOKEN_ROWS: &str = ".token_adapter.trainable_tokens_delta";
+
+/// The key under which PEFT stores the trained rows of a table of tokens.
+pub fn token_rows_key(module: &str) -> String {
+    format!("{PEFT_PREFIX}{module}{TOKEN_ROWS}")
+}
 
 /// The key under which PEFT stores a module's magnitudes.
 pub fn magnitude_key(module: &str) -> String {
@@ -292,6 +302,9 @@ pub fn parse_peft_tensor(key: &str) -> Option<PeftTensor> {
         return Some(PeftTensor::Projection(half));
     }
     let rest = key.strip_prefix(PEFT_PREFIX)?;
+    if let Some(module) = rest.strip_suffix(TOKEN_ROWS) {
+        return Some(PeftTensor::TokenRows(module.to_string()));
+    }
     for half in LoraHalf::BOTH {
         if let Some(module) = rest.strip_suffix(half.lambda_suffix()) {
             return Some(PeftTensor::Lambda(module.to_string(), half));

@@ -13,6 +13,7 @@ pub mod moe;
 pub mod norm;
 pub mod parameter;
 pub mod rope;
+pub mod token_rows;
 
 pub use attention::{Attention, LayerCache, Projections, Rows};
 pub use delta_net::DeltaNet;
@@ -25,3 +26,4 @@ pub use moe::{ExpertGate, Moe, Router, RouterRule, SharedExpert};
 pub use norm::{HeadNorm, Norm, NormKind};
 pub use parameter::{Parameter, Visitor};
 pub use rope::Rope;
+pub use token_rows::TokenRows;

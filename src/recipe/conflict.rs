@@ -33,6 +33,8 @@ const FROM_PEFT: &[&str] = &[
     "adapter.init_lora_weights",
     "adapter.bias",
     "adapter.modules_to_save",
+    "adapter.new_tokens",
+    "adapter.trainable_token_indices",
 ];
 
 /// Knobs of LoRA that VeRA has not.

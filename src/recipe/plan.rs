@@ -312,6 +312,10 @@ pub struct AdapterPlan {
     pub bias: TrainedBias,
     /// Ends of the paths of modules that train whole.
     pub modules_to_save: Option<Vec<String>>,
+    /// Texts that become tokens, whose rows of the embedding and the output head train.
+    pub new_tokens: Option<Vec<String>>,
+    /// Ids of tokens whose rows train.
+    pub trainable_token_indices: Option<Vec<usize>>,
     /// A PEFT adapter directory to train on from; its configuration replaces the knobs above.
     pub init_from: Option<PathBuf>,
 }

@@ -9,9 +9,12 @@ use crate::adapter::experts::converted;
 use crate::adapter::inject::{self, Init};
 use crate::adapter::peft::{self, AdapterWeights};
 use crate::adapter::target::{self, ModuleAdapter, Targeting};
+use crate::adapter::tokens::TrainedTokens;
 use crate::adapter::vera::VeraConfig;
-use crate::data::tokenize::ChatTokenizer;
+use crate::data::tokenize::new_tokens::NewToken;
+use crate::data::tokenize::{ChatTokenizer, TokenizerError};
 use crate::data::{self, Dataset};
+use crate::export::sidecar::has_tokenizer;
 use crate::hub;
 use crate::model::config::ModelConfig;
 use crate::model::weights::{self, Weights, WeightsError};
@@ -31,6 +34,8 @@ pub struct Prepared {
     pub weights: Option<Weights>,
     /// Its tokenizer and chat template.
     pub tokenizer: ChatTokenizer,
+    /// Tokens that the recipe adds.
+    pub new_tokens: Vec<NewToken>,
     /// The samples.
     pub dataset: Dataset,
     /// What carries adapters; `None` with `adapter.method: full`.
@@ -79,12 +84,12 @@ pub fn prepare(
 ) -> Result<Prepared, PrepareError> {
     let mut findings = Findings::default();
     let base = locate(&plan, progress)?;
-    let template = plan.data.chat_template.as_deref().map(Path::new);
-    let tokenizer = findings.take(ChatTokenizer::open(&base, template));
+    let (tokenizer, new_tokens) = findings.take(tokenizer(&plan, &base)).unzip();
+    let new_tokens = new_tokens.unwrap_or_default();
     let (config, weights) = open_weights(&plan, &base, &mut findings);
     let adapter = config
         .as_ref()
-        .and_then(|config| choose_adapters(&plan, config, &mut findings));
+        .and_then(|config| choose_adapters(&plan, config, &new_tokens, &mut findings));
     if let (Some(choice), Optimizer::LoraFa) = (&adapter, plan.train.optimizer) {
         check_lora_fa(choice, &mut findings);
     }
@@ -96,7 +101,7 @@ pub fn prepare(
         findings.take(data::load(&plan.data, seed, tokenizer, limit, progress))
     });
     if let (Some(dataset), Some(config)) = (&dataset, &config) {
-        check_vocabulary(dataset, config, &mut findings);
+        check_vocabulary(dataset, vocabulary(config, adapter.as_ref()), &mut findings);
         if dataset.holds_pairs() {
             findings.0.push(data::DataError::Preference.to_string());
         }
@@ -107,6 +112,7 @@ pub fn prepare(
             config,
             weights,
             tokenizer,
+            new_tokens,
             dataset,
             adapter,
             plan,
@@ -137,6 +143,7 @@ fn open_weights(
 fn choose_adapters(
     plan: &Plan,
     config: &ModelConfig,
+    new_tokens: &[NewToken],
     findings: &mut Findings,
 ) -> Option<AdapterChoice> {
     if plan.adapter.method == AdapterMethod::Full {
@@ -167,7 +174,12 @@ fn choose_adapters(
     let revision = Some(plan.base.revision.as_str());
     let adapter = AdapterConfig::new(&plan.base.model, revision, written, plan.adapter.dropout)
         .with_plan(&plan.adapter);
-    let adapter = AdapterConfig { vera, ..adapter };
+    let adapter = AdapterConfig {
+        vera,
+        trained_tokens: trained_tokens(plan, new_tokens, config.tie_word_embeddings),
+        ..adapter
+    };
+    check_tokens(&adapter, &modules, config, new_tokens, findings);
     check_saved(&adapter, config, findings);
     check_experts(&adapter, &modules, findings);
     if vera.is_some()
@@ -187,6 +199,84 @@ fn choose_adapters(
         modules,
         values: None,
     })
+}
+
+/// Tokens that the model has embeddings for once its adapter is in.
+fn vocabulary(config: &ModelConfig, adapter: Option<&AdapterChoice>) -> usize {
+    let tokens = adapter.and_then(|choice| choice.config.trained_tokens.as_ref());
+    tokens
+        .map_or(0, TrainedTokens::vocabulary)
+        .max(config.vocab_size)
+}
+
+/// The tokenizer of a run, with the recipe's new tokens. An adapter that is trained on from and has
+/// tokens of its own brings its tokenizer along.
+///
+/// # Errors
+/// See [`TokenizerError`].
+pub fn tokenizer(
+    plan: &Plan,
+    base: &Path,
+) -> Result<(ChatTokenizer, Vec<NewToken>), TokenizerError> {
+    let template = plan.data.chat_template.as_deref().map(Path::new);
+    let knows_more = |dir: &&Path| {
+        let config = AdapterConfig::load(dir);
+        has_tokenizer(dir) && config.is_ok_and(|config| config.trained_tokens.is_some())
+    };
+    let adapter = plan.adapter.init_from.as_deref().filter(knows_more);
+    let mut tokenizer = ChatTokenizer::open(adapter.unwrap_or(base), template)?;
+    let new = match &plan.adapter.new_tokens {
+        Some(texts) => tokenizer.add_tokens(texts)?,
+        None => Vec::new(),
+    };
+    Ok((tokenizer, new))
+}
+
+/// The tokens whose rows train: new ones, and those that the recipe lists.
+fn trained_tokens(plan: &Plan, new: &[NewToken], tied: bool) -> Option<TrainedTokens> {
+    let listed = plan.adapter.trainable_token_indices.iter().flatten();
+    let ids: BTreeSet<usize> = (listed.copied())
+        .chain(new.iter().map(|token| token.id as usize))
+        .collect();
+    (!ids.is_empty()).then(|| TrainedTokens::everywhere(ids.into_iter().collect(), tied))
+}
+
+/// What PEFT refuses beside trained tokens, and ids that name nothing.
+fn check_tokens(
+    adapter: &AdapterConfig,
+    chosen: &[ModuleAdapter],
+    config: &ModelConfig,
+    new: &[NewToken],
+    findings: &mut Findings,
+) {
+    let Some(tokens) = &adapter.trained_tokens else {
+        return;
+    };
+    let key = "adapter.trainable_token_indices and adapter.new_tokens";
+    let both = [names::EMBEDDING, names::HEAD];
+    let embeds = chosen.iter().any(|m| m.module == names::EMBEDDING);
+    let whole = both.iter().any(|module| adapter.saves(module));
+    let changed_head =
+        adapter.taken_out().is_some() && chosen.iter().any(|m| m.module == names::HEAD);
+    if embeds || whole || changed_head {
+        let what = match (embeds, whole) {
+            (true, _) => "an adapter on the embedding",
+            (_, true) => "an embedding or output head in modules_to_save",
+            _ => "an output head that begins with a part of its weight",
+        };
+        findings.0.push(format!(
+            "{key}: cannot be combined with {what} (nor can they in PEFT); leave one of them out"
+        ));
+    }
+    let room = new.iter().map(|token| token.id as usize + 1).max();
+    let room = room.unwrap_or(0).max(config.vocab_size);
+    if tokens.vocabulary() > room {
+        findings.0.push(format!(
+            "adapter.trainable_token_indices: token {} is not in the vocabulary of {room}; add new \
+             tokens by their text with adapter.new_tokens",
+            tokens.vocabulary() - 1
+        ));
+    }
 }
 
 /// What PEFT refuses for experts and routers, so that an adapter made so would not load there.
@@ -282,13 +372,13 @@ fn check_saved(adapter: &AdapterConfig, config: &ModelConfig, findings: &mut Fin
 }
 
 /// A tokenizer with more ids than the model has embeddings would read past the table.
-fn check_vocabulary(dataset: &Dataset, config: &ModelConfig, findings: &mut Findings) {
-    if let Some((id, source)) = dataset.outside(config.vocab_size) {
+fn check_vocabulary(dataset: &Dataset, vocab_size: usize, findings: &mut Findings) {
+    if let Some((id, source)) = dataset.outside(vocab_size) {
         findings.0.push(
             data::DataError::OutsideVocabulary {
                 row: source.to_string(),
                 id,
-                vocab_size: config.vocab_size,
+                vocab_size,
             }
             .to_string(),
         );
@@ -325,11 +415,28 @@ impl Prepared {
                     Some(values) => Init::Loaded(values),
                     None => Init::Fresh { seed },
                 };
+                self.begin_new_tokens(&mut model);
                 inject::inject(&mut model, &choice.config, &choice.modules, &init);
             }
             None => inject::train_all(&mut model),
         }
         Ok(model)
+    }
+
+    /// Tokens that the model has embeddings for once its adapter is in.
+    pub fn vocab_size(&self) -> usize {
+        vocabulary(&self.config, self.adapter.as_ref())
+    }
+
+    /// Gives each new token the mean of the rows of the tokens that it takes the place of.
+    fn begin_new_tokens(&self, model: &mut CausalLm) {
+        if self.new_tokens.is_empty() {
+            return;
+        }
+        model.grow(self.vocab_size());
+        for token in &self.new_tokens {
+            model.set_to_mean(token.id as usize, &token.pieces);
+        }
     }
 
     /// Identifies the samples and the base model, so that a resumed run can tell that they are the

@@ -4,6 +4,7 @@
 //! short way to the same ids.
 
 mod byte_level;
+pub mod new_tokens;
 mod tokenizer_files;
 mod vocabulary;
 mod word_cache;

@@ -131,6 +131,20 @@ pub(super) const KNOBS: &[Knob] = &[
     )
     .elsewhere(&["lora_modules_to_save", "additional_target"]),
     Knob::new(
+        "adapter.new_tokens",
+        Kind::List(&Kind::Text, 1),
+        "null",
+        "Texts that become tokens of their own, such as `[<tool>, </tool>]`. Only their rows of the embedding and the output head train; each begins as the mean of the tokens that it takes the place of. The adapter's tokenizer knows them, and so does the merged model.",
+    )
+    .elsewhere(&["tokens", "added_tokens", "add_tokens"]),
+    Knob::new(
+        "adapter.trainable_token_indices",
+        Kind::List(&Kind::Integer(0, 16_777_215), 1),
+        "null",
+        "Ids of tokens whose rows of the embedding and the output head train, such as reserved ones that the chat template uses.",
+    )
+    .elsewhere(&["fix_untrained_tokens", "lora_trainable_tokens"]),
+    Knob::new(
         "adapter.init_from",
         Kind::Directory,
         "null",
