@@ -162,7 +162,7 @@ impl CausalLm {
 
     /// Rows of a table. As in torch, the padding token's row gets no gradient.
     fn look_up(&self, table: &Tensor<2>, ids: &Tensor<1, Int>, values: &[i32]) -> Tensor<2> {
-        let rows = table.clone().select(0, ids.clone());
+        let rows = kernels::in_f32(table.clone().select(0, ids.clone()));
         let pad = self.config.pad_token_id.map(|id| id as i32);
         if !table.is_require_grad() || !values.iter().any(|&id| Some(id) == pad) {
             return rows;

@@ -9,7 +9,7 @@ use crate::kernels;
 /// `y = x Wᵀ + b + s (x Aᵀ) Bᵀ`
 #[derive(Debug, Clone)]
 pub struct LoraLinear {
-    /// W, `[out, in]`
+    /// W, `[out, in]`; 16 bits wide where the base is kept so.
     pub weight: Tensor<2>,
     /// b, `[out]`
     pub bias: Option<Tensor<1>>,
@@ -120,7 +120,7 @@ impl LoraDelta {
     pub fn row_norms(&self, weight: &Tensor<2>, squares: &Tensor<1>) -> Tensor<1> {
         let [weight, a, b] = [weight, &self.lora_a, &self.lora_b].map(|x| untracked(x.clone()));
         let out = b.dims()[0];
-        let cross = weight.matmul(a.clone().transpose()) * b.clone(); // [out, R]
+        let cross = kernels::linear(a.clone(), weight).transpose() * b.clone(); // [out, R]
         let gram = a.clone().matmul(a.transpose()); // [R, R]
         let own = b.clone().matmul(gram) * b; // [out, R]
         let added = cross * (2.0 * self.scaling) + own * self.scaling.powi(2);
@@ -135,7 +135,7 @@ impl LoraDelta {
 /// # Shapes
 /// `[out, in]` → `[out]`
 pub fn row_squares(weight: &Tensor<2>) -> Tensor<1> {
-    let weight = untracked(weight.clone());
+    let weight = kernels::in_f32(untracked(weight.clone()));
     let out = weight.dims()[0];
     weight.square().sum_dim(1).reshape([out])
 }
@@ -156,7 +156,7 @@ impl LoraLinear {
     /// `[N, in]` → `[N, out]`
     pub fn forward(&self, x: Tensor<2>, dropout: Option<Dropout>) -> Tensor<2> {
         let y = match &self.lora {
-            None => x.matmul(self.weight.clone().transpose()),
+            None => kernels::linear(x, self.weight.clone()),
             Some(lora) => {
                 let dropped = lora.dropped(&x, dropout);
                 match &lora.magnitude {
@@ -196,8 +196,7 @@ impl LoraLinear {
         match dropped {
             None => self.lora(x, None, lora) * gain,
             Some(dropped) => {
-                let weight = self.weight.clone().transpose();
-                let plain = (x - dropped.clone()).matmul(weight);
+                let plain = kernels::linear(x - dropped.clone(), self.weight.clone());
                 plain + self.lora(dropped, None, lora) * gain
             }
         }

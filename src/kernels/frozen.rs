@@ -1,0 +1,184 @@
+//! A frozen matrix as it is stored, and the two products that training needs of it: `x Wᵀ` forward
+//! and `g W` backward, both f32 in and out.
+//!
+//! # Dtypes
+//! f32 is multiplied in f32. bf16 is multiplied in bf16 with f32 sums where the processor can
+//! (`gemm16` states the error). Otherwise, and for f16, blocks of rows that fit the cache are
+//! converted to f32, exactly, and multiplied in f32: the numbers of f32 storage, in half its memory.
+
+use burn::tensor::DType;
+use burn_flex::FlexTensor;
+use half::{bf16, f16};
+use rayon::prelude::*;
+
+use super::flex::{self, ALL_THREADS, Matrix, Store};
+#[cfg(target_arch = "x86_64")]
+use super::gemm16;
+
+/// A matrix `[rows, cols]`, row by row.
+#[derive(Clone, Copy)]
+pub(super) struct Frozen<'a> {
+    elements: Elements<'a>,
+    rows: usize,
+    cols: usize,
+}
+
+#[derive(Clone, Copy)]
+enum Elements<'a> {
+    F32(&'a [f32]),
+    F16(&'a [f16]),
+    Bf16(&'a [bf16]),
+}
+
+/// Elements converted at once: 1 MiB of f32.
+const BLOCK: usize = 1 << 18;
+
+/// Whether products with a bf16 matrix are computed in bf16 here.
+pub fn has_bf16_products() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    return gemm16::is_available();
+    #[cfg(not(target_arch = "x86_64"))]
+    return false;
+}
+
+impl<'a> Frozen<'a> {
+    /// A contiguous tensor as a matrix of `cols` columns, whatever its shape.
+    pub(super) fn new(tensor: &'a FlexTensor, cols: usize) -> Self {
+        let elements = match tensor.dtype() {
+            DType::BF16 => Elements::Bf16(flex::stored(tensor)),
+            DType::F16 => Elements::F16(flex::stored(tensor)),
+            _ => Elements::F32(flex::stored(tensor)),
+        };
+        Self {
+            elements,
+            rows: tensor.layout().num_elements() / cols.max(1),
+            cols,
+        }
+    }
+
+    /// R
+    pub(super) fn rows(self) -> usize {
+        self.rows
+    }
+
+    /// Some of the rows.
+    pub(super) fn part(self, first: usize, rows: usize) -> Self {
+        let range = first * self.cols..(first + rows) * self.cols;
+        let elements = match self.elements {
+            Elements::F32(x) => Elements::F32(&x[range]),
+            Elements::F16(x) => Elements::F16(&x[range]),
+            Elements::Bf16(x) => Elements::Bf16(&x[range]),
+        };
+        Self {
+            elements,
+            rows,
+            ..self
+        }
+    }
+
+    /// `dst = x Wᵀ`
+    ///
+    /// # Shapes
+    /// x `[m, cols]` → `[m, rows]`
+    pub(super) fn forward(self, dst: &mut [f32], x: &[f32]) {
+        if self.rows == 0 || self.cols == 0 {
+            return dst.fill(0.0);
+        }
+        let m = dst.len() / self.rows;
+        let x_matrix = Matrix::new(x, m, self.cols);
+        match self.elements {
+            Elements::F32(w) => {
+                let w = Matrix::new(w, self.rows, self.cols);
+                flex::matmul(
+                    dst,
+                    self.rows,
+                    Store::Set,
+                    1.0,
+                    (x_matrix, w.t()),
+                    ALL_THREADS,
+                );
+            }
+            #[cfg(target_arch = "x86_64")]
+            Elements::Bf16(w) if has_bf16_products() => {
+                let shape = ([self.rows, self.cols], m);
+                gemm16::multiply(dst, x, w, shape, gemm16::Side::Transposed);
+            }
+            _ => self.blocks(|first, w| {
+                let dst = &mut dst[first..];
+                flex::matmul(
+                    dst,
+                    self.rows,
+                    Store::Set,
+                    1.0,
+                    (x_matrix, w.t()),
+                    ALL_THREADS,
+                );
+            }),
+        }
+    }
+
+    /// `dst = g W`
+    ///
+    /// # Shapes
+    /// g `[m, rows]` → `[m, cols]`
+    pub(super) fn backward(self, dst: &mut [f32], g: &[f32]) {
+        if self.rows == 0 || self.cols == 0 {
+            return dst.fill(0.0);
+        }
+        let m = g.len() / self.rows;
+        match self.elements {
+            Elements::F32(w) => {
+                let factors = (
+                    Matrix::new(g, m, self.rows),
+                    Matrix::new(w, self.rows, self.cols),
+                );
+                flex::matmul(dst, self.cols, Store::Set, 1.0, factors, ALL_THREADS);
+            }
+            #[cfg(target_arch = "x86_64")]
+            Elements::Bf16(w) if has_bf16_products() => {
+                let shape = ([self.rows, self.cols], m);
+                gemm16::multiply(dst, g, w, shape, gemm16::Side::Plain);
+            }
+            _ if m == 0 => {}
+            _ => self.blocks(|first, w| {
+                let store = if first == 0 { Store::Set } else { Store::Add };
+                let g = Matrix::strided(&g[first..], m, w.rows(), self.rows);
+                flex::matmul(dst, self.cols, store, 1.0, (g, w), ALL_THREADS);
+            }),
+        }
+    }
+
+    /// Calls `each` with the first row of each block of rows and its values in f32.
+    fn blocks(self, mut each: impl FnMut(usize, Matrix)) {
+        let height = (BLOCK / self.cols).clamp(1, self.rows);
+        let mut values = vec![0f32; height * self.cols];
+        for first in (0..self.rows).step_by(height) {
+            let rows = height.min(self.rows - first);
+            let values = &mut values[..rows * self.cols];
+            self.part(first, rows).convert(values);
+            each(first, Matrix::new(values, rows, self.cols));
+        }
+    }
+
+    /// All elements in f32.
+    fn convert(self, to: &mut [f32]) {
+        match self.elements {
+            Elements::F32(from) => to.copy_from_slice(from),
+            Elements::F16(from) => in_parallel(to, from, |from, to| {
+                half::slice::HalfFloatSliceExt::convert_to_f32_slice(from, to);
+            }),
+            Elements::Bf16(from) => in_parallel(to, from, |from, to| {
+                for (to, from) in to.iter_mut().zip(from) {
+                    *to = f32::from_bits(u32::from(from.to_bits()) << 16);
+                }
+            }),
+        }
+    }
+}
+
+fn in_parallel<T: Sync>(to: &mut [f32], from: &[T], convert: impl Fn(&[T], &mut [f32]) + Sync) {
+    const EACH: usize = 1 << 14;
+    (to.par_chunks_mut(EACH))
+        .zip(from.par_chunks(EACH))
+        .for_each(|(to, from)| convert(from, to));
+}
