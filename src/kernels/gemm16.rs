@@ -8,8 +8,8 @@
 //! # Arithmetic
 //! x (or g) is rounded to bf16, to nearest even, as it is copied. `_mm512_dpbf16_ps` multiplies pairs
 //! exactly and adds them in f32, so only two things differ from the product in f32: that rounding,
-//! and subnormal numbers, which count as 0 here. With u = 2⁻⁹, half the distance between neighbours
-//! in bf16, each result is within
+//! and subnormal numbers, which count as 0 here. bf16 has 8 significant bits, so that rounding changes a
+//! number by at most u = 2⁻⁸ of itself, and each result is within
 //!
 //! > `u · Σ |x| |w|`
 //!

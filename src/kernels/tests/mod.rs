@@ -7,6 +7,7 @@ use burn::tensor::{Device, Distribution, Tensor};
 use super::*;
 
 pub(in crate::kernels) mod attention;
+mod frozen;
 mod rope;
 
 /// f32 on products of up to 200 terms; the references round in another order.
