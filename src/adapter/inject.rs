@@ -9,6 +9,7 @@ use super::peft::{AdapterWeights, LoraPair, Saved};
 use super::target::ModuleAdapter;
 use super::vera::{self, VeraConfig, VeraWeights};
 use crate::device::to_vec;
+use crate::kernels::in_f32;
 use crate::model::{CausalLm, names};
 use crate::nn::lora_linear::row_squares;
 use crate::nn::{ExpertDelta, Lambdas, LoraDelta, Magnitude, Parameter};
@@ -83,7 +84,7 @@ pub fn inject(
             )
         });
         if let Some((a, b)) = &start {
-            weight = weight - b.clone().matmul(a.clone()) * scaling;
+            weight = in_f32(weight) - b.clone().matmul(a.clone()) * scaling;
             residuals.insert(format!("{path}.weight"), weight.clone());
         }
         let mut lora = LoraDelta {

@@ -6,6 +6,7 @@ use burn::tensor::{Device, Int, Tensor, TensorData};
 
 use super::block::Block;
 use super::config::{ModelConfig, RopeScaling};
+use super::storage::Storage;
 use super::tensor_reader::{Outline, TensorReader};
 use super::weights::{self, Weights, WeightsError};
 use super::{build, names};
@@ -14,7 +15,7 @@ use crate::nn::{
     Dropout, ExpertLinear, LayerCache, LoraDelta, LoraLinear, Norm, Parameter, Rope, Rows, Visitor,
 };
 
-/// A causal language model on one device, in f32.
+/// A causal language model on one device, in f32 but for matrices that [`Storage`] keeps otherwise.
 #[derive(Debug, Clone)]
 pub struct CausalLm {
     config: ModelConfig,
@@ -85,8 +86,24 @@ impl CausalLm {
         config: ModelConfig,
         device: &Device,
     ) -> Result<Self, WeightsError> {
+        Self::load_as(weights, config, device, Storage::F32, &|_| false)
+    }
+
+    /// The same with frozen matrices kept in `storage`, in f32 those whose names `in_f32` picks: what
+    /// is going to train.
+    ///
+    /// # Errors
+    /// As [`CausalLm::load`].
+    pub fn load_as(
+        weights: &Weights,
+        config: ModelConfig,
+        device: &Device,
+        storage: Storage,
+        in_f32: &dyn Fn(&str) -> bool,
+    ) -> Result<Self, WeightsError> {
         weights::check(weights, &config)?;
-        Self::read(&mut TensorReader::files(weights, config, device))
+        let mut reader = TensorReader::files(weights, config, device, storage, in_f32);
+        Self::read(&mut reader)
     }
 
     /// Fresh weights: matrices normal with standard deviation `initializer_range`, norms 1,

@@ -1,17 +1,24 @@
 //! Layers from a model's files or from random numbers, one tensor at a time.
 
-use burn::tensor::{Device, Tensor, TensorData};
+use burn::tensor::{DType, Device, Tensor, TensorData};
+use half::{bf16, f16};
 
 use super::config::ModelConfig;
 use super::names::Linear;
-use super::pieces::{Layout, pieces};
-use super::weights::{Weights, WeightsError};
+use super::pieces::{Layout, Piece, pieces};
+use super::storage::{Kept, Storage};
+use super::weights::{Dtype, Weights, WeightsError};
 use crate::nn::{LoraLinear, Norm, NormKind};
 use crate::random::Stream;
 
 /// Where the first value of a tensor comes from.
 enum Source<'a> {
-    Files(&'a Weights),
+    Files {
+        weights: &'a Weights,
+        storage: Storage,
+        /// Names of matrices that are kept in f32 all the same.
+        in_f32: &'a dyn Fn(&str) -> bool,
+    },
     Random(Stream),
     /// Nothing is read, tensors are empty: for what a configuration calls for.
     Nowhere,
@@ -26,7 +33,7 @@ pub(super) struct Outline {
     pub(super) linears: Vec<Linear>,
 }
 
-/// Builds layers on a device, converting one tensor at a time to f32.
+/// Builds layers on a device, reading one tensor at a time.
 pub(super) struct TensorReader<'a> {
     source: Source<'a>,
     config: ModelConfig,
@@ -36,9 +43,21 @@ pub(super) struct TensorReader<'a> {
 }
 
 impl<'a> TensorReader<'a> {
-    /// Values from files that were checked against `config`.
-    pub(super) fn files(weights: &'a Weights, config: ModelConfig, device: &Device) -> Self {
-        Self::new(Source::Files(weights), config, device)
+    /// Values from files that were checked against `config`; matrices kept in `storage`, in f32 those
+    /// whose names `in_f32` picks.
+    pub(super) fn files(
+        weights: &'a Weights,
+        config: ModelConfig,
+        device: &Device,
+        storage: Storage,
+        in_f32: &'a dyn Fn(&str) -> bool,
+    ) -> Self {
+        let source = Source::Files {
+            weights,
+            storage,
+            in_f32,
+        };
+        Self::new(source, config, device)
     }
 
     /// Fresh values.
@@ -88,13 +107,25 @@ impl<'a> TensorReader<'a> {
     /// What is drawn normal where there are no files.
     fn weight<const D: usize>(&mut self, name: &str, shape: [usize; D]) -> Read<Tensor<D>> {
         self.matrices += 1;
-        let Source::Random(stream) = &self.source else {
-            return self.tensor(name, shape, 0.0);
+        let stream = match &self.source {
+            Source::Random(stream) => stream,
+            Source::Nowhere => return self.tensor(name, shape, 0.0),
+            Source::Files {
+                weights,
+                storage,
+                in_f32,
+            } => {
+                let storage = match in_f32(name) {
+                    true => Storage::F32,
+                    false => *storage,
+                };
+                let tensor = matrix(weights, storage, &self.config, name, shape, &self.device)?;
+                self.note(name, &shape);
+                return Ok(tensor);
+            }
         };
-        self.outline
-            .tensors
-            .push((name.to_string(), shape.to_vec()));
         let (stream, std) = (stream.split(self.matrices), self.config.initializer_range);
+        self.note(name, &shape);
         let n: usize = shape.iter().product();
         let values: Vec<f32> = (0..n as u64)
             .map(|i| (stream.normal(i) * std) as f32)
@@ -159,22 +190,38 @@ impl<'a> TensorReader<'a> {
             in_features: input,
             bias,
         });
-        self.plain_linear(path, [out, input], bias)
+        let weight = self.matrix(&format!("{path}.weight"), [out, input])?;
+        self.with_bias(path, weight, bias.then_some(out))
     }
 
-    /// A linear layer that cannot.
-    pub(super) fn plain_linear(
+    /// The linear layer of a router: no adapter of linear layers counts it, and it is kept in f32, as
+    /// little changes which experts it chooses.
+    pub(super) fn router(&mut self, path: &str, shape: [usize; 2], bias: bool) -> Read<LoraLinear> {
+        let name = format!("{path}.weight");
+        let weight = match &self.source {
+            Source::Random(_) => self.matrix(&name, shape)?,
+            _ => self.tensor(&name, shape, 0.0)?,
+        };
+        self.with_bias(path, weight, bias.then_some(shape[0]))
+    }
+
+    /// `bias` outputs have one.
+    fn with_bias(
         &mut self,
         path: &str,
-        [out, input]: [usize; 2],
-        bias: bool,
+        weight: Tensor<2>,
+        bias: Option<usize>,
     ) -> Read<LoraLinear> {
-        let weight = self.matrix(&format!("{path}.weight"), [out, input])?;
-        let bias = match bias {
-            true => Some(self.vector(&format!("{path}.bias"), out, 0.0)?),
-            false => None,
-        };
+        let bias = bias
+            .map(|out| self.vector(&format!("{path}.bias"), out, 0.0))
+            .transpose()?;
         Ok(LoraLinear::new(weight, bias))
+    }
+
+    fn note(&mut self, name: &str, shape: &[usize]) {
+        self.outline
+            .tensors
+            .push((name.to_string(), shape.to_vec()));
     }
 
     /// A tensor from the files, `fresh` everywhere where there are none.
@@ -184,16 +231,16 @@ impl<'a> TensorReader<'a> {
         shape: [usize; D],
         fresh: f32,
     ) -> Read<Tensor<D>> {
-        self.outline
-            .tensors
-            .push((name.to_string(), shape.to_vec()));
+        self.note(name, &shape);
         let data = match &self.source {
             Source::Nowhere => TensorData::new(Vec::<f32>::new(), [0; D]),
             Source::Random(_) => {
                 let n = shape.iter().product();
                 TensorData::new(vec![fresh; n], shape)
             }
-            Source::Files(weights) => gather(weights, &self.config, name, &shape)?,
+            Source::Files { weights, .. } => {
+                gather::<f32>(weights, &pieces(&self.config, name, &shape), &shape)?
+            }
         };
         Ok(Tensor::from_data(data, &self.device))
     }
@@ -201,20 +248,33 @@ impl<'a> TensorReader<'a> {
 
 type Read<T> = Result<T, WeightsError>;
 
-/// A tensor of the model put together from the tensors of its files.
-fn gather(
+/// A matrix of the files in the type in which it is kept.
+fn matrix<const D: usize>(
     weights: &Weights,
+    storage: Storage,
     config: &ModelConfig,
     name: &str,
-    shape: &[usize],
-) -> Read<TensorData> {
-    let pieces = pieces(config, name, shape);
-    let values = match pieces.as_slice() {
-        [one] if one.layout == Layout::Whole => weights.read_f32(&one.name)?,
+    shape: [usize; D],
+    device: &Device,
+) -> Read<Tensor<D>> {
+    let pieces = pieces(config, name, &shape);
+    let stored = pieces.iter().map(|piece| weights.dtype(&piece.name));
+    let (data, dtype) = match storage.of(stored) {
+        Dtype::F16 => (gather::<f16>(weights, &pieces, &shape)?, DType::F16),
+        Dtype::BF16 => (gather::<bf16>(weights, &pieces, &shape)?, DType::BF16),
+        _ => (gather::<f32>(weights, &pieces, &shape)?, DType::F32),
+    };
+    Ok(Tensor::from_data(data, (device, dtype)))
+}
+
+/// A tensor of the model put together from the tensors of its files.
+fn gather<T: Kept>(weights: &Weights, pieces: &[Piece], shape: &[usize]) -> Read<TensorData> {
+    let values = match pieces {
+        [one] if one.layout == Layout::Whole => weights.read::<T>(&one.name)?,
         _ => {
-            let mut values = vec![0f32; shape.iter().product()];
-            for piece in &pieces {
-                piece.put(&weights.read_f32(&piece.name)?, &mut values);
+            let mut values = vec![T::zeroed(); shape.iter().product()];
+            for piece in pieces {
+                piece.put(&weights.read::<T>(&piece.name)?, &mut values);
             }
             values
         }

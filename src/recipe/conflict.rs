@@ -92,6 +92,16 @@ pub(super) fn check(given: &mut Given) {
             exclude(given, "adapter.method", key, because);
         }
     }
+    if full && matches!(text(given, "train.precision"), Some("bf16" | "f16")) {
+        let message =
+            "with `adapter.method: full` all weights train, for which 16 bits are too coarse";
+        report(
+            given,
+            "train.precision",
+            message,
+            "leave it out, or set it to f32",
+        );
+    }
     if text(given, "adapter.method") == Some("vera") {
         let because = "VeRA has two vectors for each layer and no scaling";
         for key in LORA_ALONE {

@@ -394,6 +394,8 @@ pub struct TrainPlan {
     pub max_grad_norm: f64,
     /// Decoupled weight decay; biases and norms are spared.
     pub weight_decay: f64,
+    /// Type of the frozen matrices.
+    pub precision: Precision,
     /// AdamW beta 1.
     pub adam_beta1: f64,
     /// AdamW beta 2.
@@ -412,6 +414,21 @@ pub struct TrainPlan {
     pub save_total_limit: usize,
     /// Evaluations without improvement after which the run stops early; `None` never stops.
     pub early_stopping_patience: Option<usize>,
+}
+
+/// Type in which the frozen matrices of the base are kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Precision {
+    /// That of the base's files on the processor, f32 on a GPU and where all weights train.
+    #[default]
+    Auto,
+    /// 32 bits.
+    F32,
+    /// bfloat16.
+    Bf16,
+    /// IEEE half precision.
+    F16,
 }
 
 /// Learning-rate schedule after warm-up.

@@ -1,0 +1,74 @@
+//! In which type a model's frozen matrices are kept.
+//!
+//! Those of linear layers, experts, embedding and output head are nearly all of a model. Everything
+//! else, norms, biases, routers, convolutions, is in f32, and so is what trains.
+
+use half::{bf16, f16};
+
+use super::weights::Dtype;
+
+/// How the frozen matrices of a model are kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Storage {
+    /// In f32, whatever the files have.
+    #[default]
+    F32,
+    /// Rounded to IEEE half precision.
+    F16,
+    /// Rounded to bfloat16.
+    Bf16,
+    /// Each in its file's type, as long as that is f32, f16 or bf16, else in f32: nothing is rounded.
+    AsStored,
+}
+
+impl Storage {
+    /// The type in which a tensor is kept whose parts are stored so.
+    pub(super) fn of(self, mut stored: impl Iterator<Item = Option<Dtype>>) -> Dtype {
+        match self {
+            Self::F32 => Dtype::F32,
+            Self::F16 => Dtype::F16,
+            Self::Bf16 => Dtype::BF16,
+            Self::AsStored => match stored.next() {
+                Some(Some(first @ (Dtype::F16 | Dtype::BF16)))
+                    if stored.all(|dtype| dtype == Some(first)) =>
+                {
+                    first
+                }
+                _ => Dtype::F32,
+            },
+        }
+    }
+}
+
+/// An element type in which matrices are kept.
+pub(super) trait Kept: burn::tensor::Element + bytemuck::Pod {
+    /// Its name.
+    const DTYPE: Dtype;
+
+    /// Rounded to the nearest.
+    fn from_f32(value: f32) -> Self;
+}
+
+impl Kept for f32 {
+    const DTYPE: Dtype = Dtype::F32;
+
+    fn from_f32(value: f32) -> Self {
+        value
+    }
+}
+
+impl Kept for f16 {
+    const DTYPE: Dtype = Dtype::F16;
+
+    fn from_f32(value: f32) -> Self {
+        Self::from_f32(value)
+    }
+}
+
+impl Kept for bf16 {
+    const DTYPE: Dtype = Dtype::BF16;
+
+    fn from_f32(value: f32) -> Self {
+        Self::from_f32(value)
+    }
+}
