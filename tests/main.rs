@@ -17,6 +17,7 @@ mod golden_models;
 mod golden_packing;
 #[cfg(feature = "webgpu")]
 mod gpu;
+mod half_precision;
 mod hub;
 mod hub_dataset;
 mod hub_server;
