@@ -24,6 +24,7 @@ mod hub_server;
 mod merge;
 mod packing;
 mod peft;
+mod quant;
 mod reader_fuzz;
 mod readers;
 mod recipe;
