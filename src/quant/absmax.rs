@@ -58,14 +58,16 @@ const fn codebook() -> [f32; 256] {
     codes
 }
 
-/// Point `i` of `count + 1` that divide 0.1 to 1 evenly, rounded as torch's `linspace` does: from the
-/// nearer end.
+/// Point `i` of `count + 1` that divide 0.1 to 1 evenly, as torch's `linspace` rounds it: counted from
+/// the nearer end, and once, after the sum.
 const fn evenly(i: usize, count: usize) -> f32 {
-    let step = (1.0 - 0.1) / count as f32;
-    match i < count.div_ceil(2) {
-        true => 0.1 + step * i as f32,
-        false => 1.0 - step * (count - i) as f32,
-    }
+    const START: f32 = 0.1;
+    let step = ((1.0 - START) / count as f32) as f64;
+    let exact = match i < count.div_ceil(2) {
+        true => START as f64 + step * i as f64,
+        false => 1.0 - step * (count - i) as f64,
+    };
+    exact as f32
 }
 
 impl Absmax {
