@@ -20,7 +20,7 @@ use super::{is_cpu, linear, lora_linear};
 /// x f32; weight f32, or bf16 or f16 where it is frozen.
 pub fn expert_linear(x: Tensor<2>, weight: Tensor<3>, offsets: Arc<[usize]>) -> Tensor<2> {
     match is_cpu(&x.device()) && !weight.is_require_grad() {
-        true => linear::fused(x, rows_together(weight), offsets),
+        true => linear::fused(x, rows_together(weight).into(), offsets),
         false => reference(x, weight, &offsets),
     }
 }
@@ -41,7 +41,7 @@ pub fn expert_lora_linear(
         return lora_reference(x.clone(), x, weight, (lora_a, lora_b), scaling, offsets);
     }
     let factors = (rows_together(lora_a), rows_together(lora_b));
-    lora_linear::fused(x, rows_together(weight), factors, scaling, offsets)
+    lora_linear::fused(x, rows_together(weight).into(), factors, scaling, offsets)
 }
 
 /// [`expert_lora_linear`] with plain tensor operations for the deltas, whose input may differ from the

@@ -5,15 +5,18 @@
 //! f32 is multiplied in f32. bf16 is multiplied in bf16 with f32 sums where the processor can
 //! (`gemm16` states the error). Otherwise, and for f16, blocks of rows that fit the cache are
 //! converted to f32, exactly, and multiplied in f32: the numbers of f32 storage, in half its memory.
+//! Quantised matrices take the same way.
 
 use burn::tensor::DType;
 use burn_flex::FlexTensor;
 use half::{bf16, f16};
 use rayon::prelude::*;
 
+use super::Quantised;
 use super::flex::{self, ALL_THREADS, Matrix, Store};
 #[cfg(target_arch = "x86_64")]
 use super::gemm16;
+use crate::quant::QuantMatrix;
 
 /// A matrix `[rows, cols]`, row by row.
 #[derive(Clone, Copy)]
@@ -28,6 +31,8 @@ enum Elements<'a> {
     F32(&'a [f32]),
     F16(&'a [f16]),
     Bf16(&'a [bf16]),
+    /// The rows from this one on.
+    Quantised(&'a QuantMatrix, usize),
 }
 
 /// Elements converted at once: 1 MiB of f32.
@@ -56,6 +61,24 @@ impl<'a> Frozen<'a> {
         }
     }
 
+    /// A quantised matrix.
+    pub(super) fn quantised(matrix: &'a QuantMatrix) -> Self {
+        let [rows, cols] = matrix.shape();
+        Self {
+            elements: Elements::Quantised(matrix, 0),
+            rows,
+            cols,
+        }
+    }
+
+    /// As fused operations take it.
+    pub(super) fn of((tensor, quantised): &'a (FlexTensor, Quantised), cols: usize) -> Self {
+        match quantised {
+            Some(matrix) => Self::quantised(matrix),
+            None => Self::new(tensor, cols),
+        }
+    }
+
     /// R
     pub(super) fn rows(self) -> usize {
         self.rows
@@ -68,6 +91,7 @@ impl<'a> Frozen<'a> {
             Elements::F32(x) => Elements::F32(&x[range]),
             Elements::F16(x) => Elements::F16(&x[range]),
             Elements::Bf16(x) => Elements::Bf16(&x[range]),
+            Elements::Quantised(matrix, row) => Elements::Quantised(matrix, row + first),
         };
         Self {
             elements,
@@ -172,6 +196,7 @@ impl<'a> Frozen<'a> {
                     *to = f32::from_bits(u32::from(from.to_bits()) << 16);
                 }
             }),
+            Elements::Quantised(matrix, row) => matrix.dequantise_rows(row, to),
         }
     }
 }

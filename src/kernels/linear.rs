@@ -1,4 +1,4 @@
-//! A frozen linear layer, `y = x Wᵀ`: W gets no gradient, and may be kept in 16 bits.
+//! A frozen linear layer, `y = x Wᵀ`: W gets no gradient, and may be kept in 16 bits or quantised.
 
 use std::sync::Arc;
 
@@ -11,7 +11,7 @@ use burn::tensor::{DType, FloatDType, Tensor};
 use burn_flex::FlexTensor;
 
 use super::frozen::Frozen;
-use super::{KernelGradients, Kernels, flex, is_cpu};
+use super::{KernelGradients, Kernels, Quantised, Weight, flex, is_cpu};
 
 /// `x Wᵀ` with a gradient for x, and for W where that trains.
 ///
@@ -19,8 +19,9 @@ use super::{KernelGradients, Kernels, flex, is_cpu};
 /// x `[N, in]`, weight `[out, in]` → `[N, out]`
 ///
 /// # Dtypes
-/// x f32; weight f32, or bf16 or f16 where it is frozen.
-pub fn linear(x: Tensor<2>, weight: Tensor<2>) -> Tensor<2> {
+/// x f32; weight f32, or bf16, f16 or quantised where it is frozen.
+pub fn linear(x: Tensor<2>, weight: impl Into<Weight>) -> Tensor<2> {
+    let weight = weight.into();
     match is_cpu(&x.device()) && !weight.is_require_grad() {
         true => {
             let rows = Arc::from([0, x.dims()[0]]);
@@ -31,15 +32,18 @@ pub fn linear(x: Tensor<2>, weight: Tensor<2>) -> Tensor<2> {
 }
 
 /// [`linear`] from plain tensor operations.
-pub fn reference(x: Tensor<2>, weight: Tensor<2>) -> Tensor<2> {
-    x.matmul(in_f32(weight).transpose())
+pub fn reference(x: Tensor<2>, weight: impl Into<Weight>) -> Tensor<2> {
+    let weight = weight.into().in_f32(&x.device());
+    x.matmul(weight.transpose())
 }
 
 /// Rows `groups[e] .. groups[e + 1]` of x times the e-th of as many equal parts of the weight's rows.
-pub(super) fn fused(x: Tensor<2>, weight: Tensor<2>, groups: Arc<[usize]>) -> Tensor<2> {
+pub(super) fn fused(x: Tensor<2>, weight: Weight, groups: Arc<[usize]>) -> Tensor<2> {
+    let (weight, quantised) = weight.into_parts(&x.device());
     Tensor::from_dispatch(Dispatch::fused_linear(
         x.into_dispatch(),
         weight.into_dispatch(),
+        quantised,
         groups,
     ))
 }
@@ -74,10 +78,15 @@ pub(super) fn each_group<'a>(
     }
 }
 
-pub(super) fn forward(x: FlexTensor, weight: FlexTensor, groups: &[usize]) -> FlexTensor {
+pub(super) fn forward(
+    x: FlexTensor,
+    (weight, quantised): (FlexTensor, Quantised),
+    groups: &[usize],
+) -> FlexTensor {
     let [x, weight] = [x, weight].map(flex::contiguous);
     let [n, input] = x.layout().shape().dims();
-    let weight = Frozen::new(&weight, input);
+    let weight = (weight, quantised);
+    let weight = Frozen::of(&weight, input);
     let out = weight.rows() / (groups.len() - 1);
     let mut y = vec![0f32; n * out];
     let x = (flex::elements(&x), input);
@@ -86,13 +95,21 @@ pub(super) fn forward(x: FlexTensor, weight: FlexTensor, groups: &[usize]) -> Fl
 }
 
 /// The gradient of x.
-pub(super) fn backward(weight: FlexTensor, grad: FlexTensor, groups: &[usize]) -> FlexTensor {
+pub(super) fn backward(
+    (weight, quantised): (FlexTensor, Quantised),
+    grad: FlexTensor,
+    groups: &[usize],
+) -> FlexTensor {
     let [weight, grad] = [weight, grad].map(flex::contiguous);
-    let input = weight.layout().shape().dims::<2>()[1];
+    let input = match &quantised {
+        Some(matrix) => matrix.shape()[1],
+        None => weight.layout().shape().dims::<2>()[1],
+    };
+    let weight = (weight, quantised);
     let [n, out] = grad.layout().shape().dims();
     let mut dx = vec![0f32; n * input];
     let g = (flex::elements(&grad), out);
-    let weight = Frozen::new(&weight, input);
+    let weight = Frozen::of(&weight, input);
     each_group(weight, groups, g, (&mut dx, input), Frozen::backward);
     flex::tensor(dx, [n, input])
 }
@@ -101,31 +118,32 @@ pub(super) fn backward(weight: FlexTensor, grad: FlexTensor, groups: &[usize]) -
 struct LinearBackward;
 
 impl<B: KernelGradients> Backward<B, 1> for LinearBackward {
-    type State = (FloatTensor<B>, Arc<[usize]>);
+    type State = (FloatTensor<B>, Quantised, Arc<[usize]>);
 
     fn backward(self, ops: Ops<Self::State, 1>, grads: &mut Gradients, _: &mut Checkpointer) {
         let grad = grads.consume::<B>(&ops.node);
-        let (weight, groups) = ops.state;
+        let (weight, quantised, groups) = ops.state;
         if let [Some(node)] = ops.parents {
-            grads.register::<B>(node.id, B::linear_backward(weight, grad, &groups));
+            let dx = B::linear_backward(weight, quantised, grad, &groups);
+            grads.register::<B>(node.id, dx);
         }
     }
 }
 
 pub(super) fn tracked<B: KernelGradients, C: CheckpointStrategy>(
     x: FloatTensor<Autodiff<B, C>>,
-    weight: FloatTensor<Autodiff<B, C>>,
+    (weight, quantised): (FloatTensor<Autodiff<B, C>>, Quantised),
     groups: Arc<[usize]>,
 ) -> FloatTensor<Autodiff<B, C>> {
     let parents = [x.node()];
     let (x, weight) = (x.into_primitive(), weight.into_primitive());
-    let y = B::fused_linear(x, weight.clone(), Arc::clone(&groups));
+    let y = B::fused_linear(x, weight.clone(), quantised.clone(), Arc::clone(&groups));
     match LinearBackward
         .prepare::<C>(parents)
         .compute_bound()
         .stateful()
     {
-        OpsKind::Tracked(prep) => prep.finish((weight, groups), y),
+        OpsKind::Tracked(prep) => prep.finish((weight, quantised, groups), y),
         OpsKind::UnTracked(prep) => prep.finish(y),
     }
 }

@@ -16,13 +16,13 @@ use burn_flex::FlexTensor;
 use super::flex::{ALL_THREADS, Matrix, Store};
 use super::frozen::Frozen;
 use super::linear::{each_group, filled, linear};
-use super::{KernelGradients, Kernels, flex, is_cpu};
+use super::{KernelGradients, Kernels, Quantised, Weight, flex, is_cpu};
 
 /// What the backward pass needs; `x` is shared with whoever else holds it.
 #[derive(Debug, Clone)]
 pub struct Saved<B: Backend> {
     x: FloatTensor<B>,
-    weight: FloatTensor<B>,
+    weight: (FloatTensor<B>, Quantised),
     lora_a: FloatTensor<B>,
     lora_b: FloatTensor<B>,
     /// `x Aᵀ` `[N, R]`
@@ -37,14 +37,15 @@ pub struct Saved<B: Backend> {
 /// x `[N, in]`, weight `[out, in]`, lora_a `[R, in]`, lora_b `[out, R]` → `[N, out]`
 ///
 /// # Dtypes
-/// f32, but for the weight, which may be bf16 or f16.
+/// f32, but for the weight, which may be bf16, f16 or quantised.
 pub fn lora_linear(
     x: Tensor<2>,
-    weight: Tensor<2>,
+    weight: impl Into<Weight>,
     lora_a: Tensor<2>,
     lora_b: Tensor<2>,
     scaling: f64,
 ) -> Tensor<2> {
+    let weight = weight.into();
     if is_cpu(&x.device()) {
         let rows = Arc::from([0, x.dims()[0]]);
         fused(x, weight, (lora_a, lora_b), scaling, rows)
@@ -56,14 +57,16 @@ pub fn lora_linear(
 /// [`lora_linear`] of each group of rows with its own part of the rows of weight, A and B.
 pub(super) fn fused(
     x: Tensor<2>,
-    weight: Tensor<2>,
+    weight: Weight,
     (lora_a, lora_b): (Tensor<2>, Tensor<2>),
     scaling: f64,
     groups: Arc<[usize]>,
 ) -> Tensor<2> {
+    let (weight, quantised) = weight.into_parts(&x.device());
     Tensor::from_dispatch(Dispatch::fused_lora_linear(
         x.into_dispatch(),
         weight.into_dispatch(),
+        quantised,
         lora_a.into_dispatch(),
         lora_b.into_dispatch(),
         scaling as f32,
@@ -76,7 +79,7 @@ pub(super) fn fused(
 pub fn reference(
     x: Tensor<2>,
     adapter_x: Tensor<2>,
-    weight: Tensor<2>,
+    weight: impl Into<Weight>,
     (lora_a, lora_b): (Tensor<2>, Tensor<2>),
     scaling: f64,
 ) -> Tensor<2> {
@@ -116,9 +119,8 @@ impl<'a> Factors<'a> {
 
 pub(super) fn forward(
     x: FlexTensor,
-    weight: FlexTensor,
-    lora_a: FlexTensor,
-    lora_b: FlexTensor,
+    (weight, quantised): (FlexTensor, Quantised),
+    [lora_a, lora_b]: [FlexTensor; 2],
     scaling: f32,
     groups: &[usize],
 ) -> (FlexTensor, FlexTensor) {
@@ -128,7 +130,8 @@ pub(super) fn forward(
     let [rank, input, out] = factors.sizes;
     let (mut low, mut y) = (vec![0f32; n * rank], vec![0f32; n * out]);
     let x = flex::elements(&x);
-    let weight = Frozen::new(&weight, input);
+    let weight = (weight, quantised);
+    let weight = Frozen::of(&weight, input);
     each_group(weight, groups, (x, input), (&mut y, out), Frozen::forward);
     let all = ALL_THREADS;
     for (group, rows) in filled(groups) {
@@ -148,8 +151,9 @@ pub(super) fn backward(
     grad: FlexTensor,
     wants_x: bool,
 ) -> (Option<FlexTensor>, FlexTensor, FlexTensor) {
-    let [x, weight, a, b] =
-        [saved.x, saved.weight, saved.lora_a, saved.lora_b].map(flex::contiguous);
+    let (weight, quantised) = saved.weight;
+    let [x, weight, a, b] = [saved.x, weight, saved.lora_a, saved.lora_b].map(flex::contiguous);
+    let weight = (weight, quantised);
     let [low, grad] = [saved.low, grad].map(flex::contiguous);
     let groups = &*saved.groups;
     let factors = Factors::new(&a, &b, groups);
@@ -160,7 +164,7 @@ pub(super) fn backward(
     let (mut da, mut db) = (vec![0f32; factors.a.len()], vec![0f32; factors.b.len()]);
     let mut dx = wants_x.then(|| vec![0f32; n * input]);
     if let Some(dx) = &mut dx {
-        let weight = Frozen::new(&weight, input);
+        let weight = Frozen::of(&weight, input);
         each_group(weight, groups, (grad, out), (dx, input), Frozen::backward);
     }
     for (group, rows) in filled(groups) {
@@ -212,9 +216,8 @@ impl<B: KernelGradients> Backward<B, 3> for LoraLinearBackward {
 
 pub(super) fn tracked<B: KernelGradients, C: CheckpointStrategy>(
     x: FloatTensor<Autodiff<B, C>>,
-    weight: FloatTensor<Autodiff<B, C>>,
-    lora_a: FloatTensor<Autodiff<B, C>>,
-    lora_b: FloatTensor<Autodiff<B, C>>,
+    (weight, quantised): (FloatTensor<Autodiff<B, C>>, Quantised),
+    [lora_a, lora_b]: [FloatTensor<Autodiff<B, C>>; 2],
     scaling: f32,
     groups: Arc<[usize]>,
 ) -> FloatTensor<Autodiff<B, C>> {
@@ -230,6 +233,7 @@ pub(super) fn tracked<B: KernelGradients, C: CheckpointStrategy>(
             let (y, low) = B::lora_linear_forward(
                 x.clone(),
                 weight.clone(),
+                quantised.clone(),
                 lora_a.clone(),
                 lora_b.clone(),
                 scaling,
@@ -237,7 +241,7 @@ pub(super) fn tracked<B: KernelGradients, C: CheckpointStrategy>(
             );
             let saved = Saved {
                 x,
-                weight,
+                weight: (weight, quantised),
                 lora_a,
                 lora_b,
                 low,
@@ -247,7 +251,7 @@ pub(super) fn tracked<B: KernelGradients, C: CheckpointStrategy>(
             prep.finish(saved, y)
         }
         OpsKind::UnTracked(prep) => {
-            let y = B::fused_lora_linear(x, weight, lora_a, lora_b, scaling, groups);
+            let y = B::fused_lora_linear(x, weight, quantised, lora_a, lora_b, scaling, groups);
             prep.finish(y)
         }
     }

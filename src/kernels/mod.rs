@@ -4,8 +4,9 @@
 //! A public function such as [`rms_norm()`] takes the fused kernel where the device has one (the CPU)
 //! and the reference everywhere else. Both are tested against each other, forward and gradients.
 //! [`delta_rule()`] and [`causal_conv()`] have no fused kernel: they are plain operations everywhere.
-//! All of them store and compute in f32, but for frozen weights, which may be kept in 16 bits: the
-//! CPU's kernels read those as they are (see `frozen`), plain operations cast them at each use.
+//! All of them store and compute in f32, but for frozen weights, which may be kept in 16 bits or
+//! quantised: the CPU's kernels read those as they are (see `frozen`), plain operations convert them at
+//! each use.
 
 pub mod activation;
 pub mod attention;
@@ -25,6 +26,7 @@ pub mod rms_norm;
 pub mod rope;
 pub mod segments;
 pub mod swiglu;
+pub mod weight;
 
 use std::sync::Arc;
 
@@ -45,6 +47,7 @@ pub use rms_norm::rms_norm;
 pub use rope::{RopeLayout, rope};
 pub use segments::Segments;
 pub use swiglu::swiglu;
+pub use weight::{Quantised, Weight};
 
 /// Fused operations, routed to the backend of their tensors. Shapes stand in each kernel's file.
 #[backend_extension(Flex, Autodiff)]
@@ -78,10 +81,11 @@ pub trait Kernels: Backend {
     ) -> FloatTensor<Self>;
 
     /// See [`linear()`]; rows `groups[e] .. groups[e + 1]` of x belong to the e-th of E equal parts of
-    /// the weight's rows.
+    /// the weight's rows, which is empty where it is quantised.
     fn fused_linear(
         x: FloatTensor<Self>,
         weight: FloatTensor<Self>,
+        quantised: Quantised,
         groups: Arc<[usize]>,
     ) -> FloatTensor<Self>;
 
@@ -90,6 +94,7 @@ pub trait Kernels: Backend {
     fn fused_lora_linear(
         x: FloatTensor<Self>,
         weight: FloatTensor<Self>,
+        quantised: Quantised,
         lora_a: FloatTensor<Self>,
         lora_b: FloatTensor<Self>,
         scaling: f32,
@@ -154,6 +159,7 @@ pub trait KernelGradients: Kernels {
     /// Gradient of x.
     fn linear_backward(
         weight: FloatTensor<Self>,
+        quantised: Quantised,
         grad: FloatTensor<Self>,
         groups: &[usize],
     ) -> FloatTensor<Self>;
@@ -162,6 +168,7 @@ pub trait KernelGradients: Kernels {
     fn lora_linear_forward(
         x: FloatTensor<Self>,
         weight: FloatTensor<Self>,
+        quantised: Quantised,
         lora_a: FloatTensor<Self>,
         lora_b: FloatTensor<Self>,
         scaling: f32,

@@ -6,16 +6,16 @@ use burn::tensor::{Device, Int, Tensor, TensorData};
 
 use super::block::Block;
 use super::config::{ModelConfig, RopeScaling};
-use super::storage::Storage;
+use super::storage::Keep;
 use super::tensor_reader::{Outline, TensorReader};
 use super::weights::{self, Weights, WeightsError};
 use super::{build, names};
-use crate::kernels::{self, Head, LogitShape, Segments};
+use crate::kernels::{self, Head, LogitShape, Segments, Weight};
 use crate::nn::{
     Dropout, ExpertLinear, LayerCache, LoraDelta, LoraLinear, Norm, Parameter, Rope, Rows, Visitor,
 };
 
-/// A causal language model on one device, in f32 but for matrices that [`Storage`] keeps otherwise.
+/// A causal language model on one device, in f32 but for matrices that [`Keep`] says.
 #[derive(Debug, Clone)]
 pub struct CausalLm {
     config: ModelConfig,
@@ -86,11 +86,10 @@ impl CausalLm {
         config: ModelConfig,
         device: &Device,
     ) -> Result<Self, WeightsError> {
-        Self::load_as(weights, config, device, Storage::F32, &|_| false)
+        Self::load_as(weights, config, device, Keep::default())
     }
 
-    /// The same with frozen matrices kept in `storage`, in f32 those whose names `in_f32` picks: what
-    /// is going to train.
+    /// The same with frozen matrices kept as `keep` says.
     ///
     /// # Errors
     /// As [`CausalLm::load`].
@@ -98,11 +97,10 @@ impl CausalLm {
         weights: &Weights,
         config: ModelConfig,
         device: &Device,
-        storage: Storage,
-        in_f32: &dyn Fn(&str) -> bool,
+        keep: Keep,
     ) -> Result<Self, WeightsError> {
         weights::check(weights, &config)?;
-        let mut reader = TensorReader::files(weights, config, device, storage, in_f32);
+        let mut reader = TensorReader::files(weights, config, device, keep);
         Self::read(&mut reader)
     }
 
@@ -165,9 +163,10 @@ impl CausalLm {
             let low = self.look_up(&delta.lora_b, &ids, tokens.ids); // [N, R]
             embedded = embedded + low.matmul(delta.lora_a.clone()) * delta.scaling;
             if let Some(magnitude) = &delta.magnitude {
-                let norms = delta
-                    .transposed()
-                    .row_norms(&self.embed_tokens.clone().transpose(), &magnitude.squares);
+                let norms = delta.transposed().row_norms(
+                    &self.embed_tokens.clone().transpose().into(),
+                    &magnitude.squares,
+                );
                 embedded = embedded * (magnitude.vector.clone() / norms).unsqueeze();
             }
         }
@@ -272,7 +271,7 @@ impl CausalLm {
 
     fn logits_with(&self, hidden: Tensor<2>, dropout: Option<Dropout>) -> Tensor<2> {
         let head = LoraLinear {
-            weight: self.head(),
+            weight: self.head().into(),
             bias: self.head_bias.clone(),
             lora: self.head_delta.clone(),
         };
@@ -335,8 +334,8 @@ impl CausalLm {
 
     /// Every matrix that can carry a delta, with its module's path and the delta: those of the linear
     /// layers, the embedding and the output head.
-    pub fn deltas(&mut self) -> Vec<(String, Tensor<2>, &mut Option<LoraDelta>)> {
-        let head = self.head();
+    pub fn deltas(&mut self) -> Vec<(String, Weight, &mut Option<LoraDelta>)> {
+        let head = self.head().into();
         let blocks = self.blocks.iter_mut().enumerate();
         let linears = blocks.flat_map(|(i, block)| {
             let path = names::block(i);
@@ -346,13 +345,22 @@ impl CausalLm {
                 (format!("{path}.{name}"), weight, &mut linear.lora)
             })
         });
-        let (embedding, table) = (&mut self.embedding_delta, self.embed_tokens.clone());
+        let (embedding, table) = (&mut self.embedding_delta, self.embed_tokens.clone().into());
         linears
             .chain([
                 (names::EMBEDDING.to_string(), table, embedding),
                 (names::HEAD.to_string(), head, &mut self.head_delta),
             ])
             .collect()
+    }
+
+    /// How many numbers are kept quantised, which [`CausalLm::visit`] passes over.
+    pub fn quantised_parameters(&mut self) -> usize {
+        let weights = self.deltas().into_iter().map(|(_, weight, _)| weight);
+        weights
+            .filter(|weight| matches!(weight, Weight::Quantised(_)))
+            .map(|weight| weight.dims().iter().product::<usize>())
+            .sum()
     }
 
     /// The experts' layers, with the names of their parameters in transformers 5.
@@ -367,7 +375,7 @@ impl CausalLm {
             .collect()
     }
 
-    /// Visits every tensor by its Hugging Face name; an adapter's as `MODULE.lora_a` and `.lora_b`.
+    /// Visits every tensor by its Hugging Face name, but for quantised matrices; an adapter's as `MODULE.lora_a` and `.lora_b`.
     pub fn visit(&mut self, visitor: &mut Visitor) {
         visitor(
             &format!("{}.weight", names::EMBEDDING),

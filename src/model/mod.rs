@@ -24,4 +24,4 @@ mod tensor_reader;
 pub mod weights;
 
 pub use causal_lm::{CausalLm, KvCache, Tokens};
-pub use storage::Storage;
+pub use storage::{Keep, Storage};

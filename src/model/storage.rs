@@ -6,8 +6,31 @@
 use half::{bf16, f16};
 
 use super::weights::Dtype;
+use crate::quant::Scheme;
 
-/// How the frozen matrices of a model are kept.
+/// How a model's matrices are kept.
+#[derive(Clone, Copy)]
+pub struct Keep<'a> {
+    /// The frozen ones.
+    pub storage: Storage,
+    /// Those of linear layers, the output head and routers apart: quantised so, if at all.
+    pub linears: Option<Scheme>,
+    /// Names of those that are kept in f32 all the same: what is going to train.
+    pub in_f32: &'a dyn Fn(&str) -> bool,
+}
+
+impl Default for Keep<'_> {
+    /// All in f32.
+    fn default() -> Self {
+        Self {
+            storage: Storage::F32,
+            linears: None,
+            in_f32: &|_| false,
+        }
+    }
+}
+
+/// The type in which frozen matrices are kept.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Storage {
     /// In f32, whatever the files have.

@@ -1,23 +1,25 @@
 //! Layers from a model's files or from random numbers, one tensor at a time.
 
+use std::sync::Arc;
+
 use burn::tensor::{DType, Device, Tensor, TensorData};
 use half::{bf16, f16};
 
 use super::config::ModelConfig;
 use super::names::Linear;
 use super::pieces::{Layout, Piece, pieces};
-use super::storage::{Kept, Storage};
+use super::storage::{Keep, Kept, Storage};
 use super::weights::{Dtype, Weights, WeightsError};
+use crate::kernels::Weight;
 use crate::nn::{LoraLinear, Norm, NormKind};
+use crate::quant::QuantMatrix;
 use crate::random::Stream;
 
 /// Where the first value of a tensor comes from.
 enum Source<'a> {
     Files {
         weights: &'a Weights,
-        storage: Storage,
-        /// Names of matrices that are kept in f32 all the same.
-        in_f32: &'a dyn Fn(&str) -> bool,
+        keep: Keep<'a>,
     },
     Random(Stream),
     /// Nothing is read, tensors are empty: for what a configuration calls for.
@@ -43,21 +45,14 @@ pub(super) struct TensorReader<'a> {
 }
 
 impl<'a> TensorReader<'a> {
-    /// Values from files that were checked against `config`; matrices kept in `storage`, in f32 those
-    /// whose names `in_f32` picks.
+    /// Values from files that were checked against `config`.
     pub(super) fn files(
         weights: &'a Weights,
         config: ModelConfig,
         device: &Device,
-        storage: Storage,
-        in_f32: &'a dyn Fn(&str) -> bool,
+        keep: Keep<'a>,
     ) -> Self {
-        let source = Source::Files {
-            weights,
-            storage,
-            in_f32,
-        };
-        Self::new(source, config, device)
+        Self::new(Source::Files { weights, keep }, config, device)
     }
 
     /// Fresh values.
@@ -110,14 +105,10 @@ impl<'a> TensorReader<'a> {
         let stream = match &self.source {
             Source::Random(stream) => stream,
             Source::Nowhere => return self.tensor(name, shape, 0.0),
-            Source::Files {
-                weights,
-                storage,
-                in_f32,
-            } => {
-                let storage = match in_f32(name) {
+            Source::Files { weights, keep } => {
+                let storage = match (keep.in_f32)(name) {
                     true => Storage::F32,
-                    false => *storage,
+                    false => keep.storage,
                 };
                 let tensor = matrix(weights, storage, &self.config, name, shape, &self.device)?;
                 self.note(name, &shape);
@@ -190,8 +181,28 @@ impl<'a> TensorReader<'a> {
             in_features: input,
             bias,
         });
-        let weight = self.matrix(&format!("{path}.weight"), [out, input])?;
+        let weight = self.linear_weight(&format!("{path}.weight"), [out, input])?;
         self.with_bias(path, weight, bias.then_some(out))
+    }
+
+    /// Quantised where linear layers are: in f32 in between, for this layer alone.
+    fn linear_weight(&mut self, name: &str, shape: [usize; 2]) -> Read<Weight> {
+        let (weights, scheme) = match &self.source {
+            Source::Files { weights, keep } if !(keep.in_f32)(name) => (*weights, keep.linears),
+            _ => return Ok(self.matrix(name, shape)?.into()),
+        };
+        let Some(scheme) = scheme else {
+            return Ok(self.matrix(name, shape)?.into());
+        };
+        let values = gather::<f32>(weights, &pieces(&self.config, name, &shape), &shape)?;
+        self.note(name, &shape);
+        let matrix = QuantMatrix::quantise(&values, shape, scheme);
+        let matrix = matrix.map_err(|source| WeightsError::NotFinite {
+            path: weights.path().to_path_buf(),
+            name: name.to_string(),
+            source,
+        })?;
+        Ok(Weight::Quantised(Arc::new(matrix)))
     }
 
     /// The linear layer of a router: no adapter of linear layers counts it, and it is kept in f32, as
@@ -202,16 +213,11 @@ impl<'a> TensorReader<'a> {
             Source::Random(_) => self.matrix(&name, shape)?,
             _ => self.tensor(&name, shape, 0.0)?,
         };
-        self.with_bias(path, weight, bias.then_some(shape[0]))
+        self.with_bias(path, weight.into(), bias.then_some(shape[0]))
     }
 
     /// `bias` outputs have one.
-    fn with_bias(
-        &mut self,
-        path: &str,
-        weight: Tensor<2>,
-        bias: Option<usize>,
-    ) -> Read<LoraLinear> {
+    fn with_bias(&mut self, path: &str, weight: Weight, bias: Option<usize>) -> Read<LoraLinear> {
         let bias = bias
             .map(|out| self.vector(&format!("{path}.bias"), out, 0.0))
             .transpose()?;
@@ -239,7 +245,8 @@ impl<'a> TensorReader<'a> {
                 TensorData::new(vec![fresh; n], shape)
             }
             Source::Files { weights, .. } => {
-                gather::<f32>(weights, &pieces(&self.config, name, &shape), &shape)?
+                let values = gather(weights, &pieces(&self.config, name, &shape), &shape)?;
+                TensorData::new::<f32, _>(values, shape)
             }
         };
         Ok(Tensor::from_data(data, &self.device))
@@ -260,24 +267,32 @@ fn matrix<const D: usize>(
     let pieces = pieces(config, name, &shape);
     let stored = pieces.iter().map(|piece| weights.dtype(&piece.name));
     let (data, dtype) = match storage.of(stored) {
-        Dtype::F16 => (gather::<f16>(weights, &pieces, &shape)?, DType::F16),
-        Dtype::BF16 => (gather::<bf16>(weights, &pieces, &shape)?, DType::BF16),
-        _ => (gather::<f32>(weights, &pieces, &shape)?, DType::F32),
+        Dtype::F16 => {
+            let values = gather::<f16>(weights, &pieces, &shape)?;
+            (TensorData::new(values, shape), DType::F16)
+        }
+        Dtype::BF16 => {
+            let values = gather::<bf16>(weights, &pieces, &shape)?;
+            (TensorData::new(values, shape), DType::BF16)
+        }
+        _ => {
+            let values = gather::<f32>(weights, &pieces, &shape)?;
+            (TensorData::new(values, shape), DType::F32)
+        }
     };
     Ok(Tensor::from_data(data, (device, dtype)))
 }
 
-/// A tensor of the model put together from the tensors of its files.
-fn gather<T: Kept>(weights: &Weights, pieces: &[Piece], shape: &[usize]) -> Read<TensorData> {
-    let values = match pieces {
-        [one] if one.layout == Layout::Whole => weights.read::<T>(&one.name)?,
-        _ => {
-            let mut values = vec![T::zeroed(); shape.iter().product()];
-            for piece in pieces {
-                piece.put(&weights.read::<T>(&piece.name)?, &mut values);
-            }
-            values
-        }
-    };
-    Ok(TensorData::new(values, shape.to_vec()))
+/// The values of a tensor put together from the tensors of its files.
+fn gather<T: Kept>(weights: &Weights, pieces: &[Piece], shape: &[usize]) -> Read<Vec<T>> {
+    if let [one] = pieces
+        && one.layout == Layout::Whole
+    {
+        return weights.read::<T>(&one.name);
+    }
+    let mut values = vec![T::zeroed(); shape.iter().product()];
+    for piece in pieces {
+        piece.put(&weights.read::<T>(&piece.name)?, &mut values);
+    }
+    Ok(values)
 }

@@ -10,6 +10,7 @@ use super::pieces::pieces;
 use super::shard::Shard;
 use super::storage::Kept;
 use super::{causal_lm, gguf, names};
+use crate::quant::NotFinite;
 use crate::quant::blocks::BlockKind;
 use crate::quant::gguf::{GgufError, GgufFile};
 
@@ -104,6 +105,16 @@ pub enum WeightsError {
         name: String,
         /// How it is stored.
         dtype: Dtype,
+    },
+    /// A matrix cannot be quantised.
+    #[error("{}: tensor `{name}` cannot be quantised: {source}", path.display())]
+    NotFinite {
+        /// Model directory or file.
+        path: PathBuf,
+        /// Name in transformers 5's modules.
+        name: String,
+        /// What is wrong with it.
+        source: NotFinite,
     },
     /// The tensors are not those that the configuration calls for.
     #[error("{}: the weights do not fit the configuration:{}", path.display(), listed(faults))]

@@ -91,7 +91,7 @@ impl Int8 {
         }
         let (cols, first) = (self.cols, row * self.cols);
         assert!(
-            out.len() % cols == 0 && first + out.len() <= self.codes.len(),
+            out.len().is_multiple_of(cols) && first + out.len() <= self.codes.len(),
             "{} values from row {row} on, of {}",
             out.len(),
             self.codes.len()

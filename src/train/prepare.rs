@@ -16,7 +16,7 @@ use crate::hub;
 use crate::kernels::is_cpu;
 use crate::model::config::ModelConfig;
 use crate::model::weights::{self, Weights, WeightsError};
-use crate::model::{CausalLm, Storage, names};
+use crate::model::{CausalLm, Keep, Storage, names};
 use crate::random::Stream;
 use crate::recipe::{AdapterMethod, BaseInit, Plan, Precision};
 
@@ -302,7 +302,12 @@ impl Prepared {
             Some(weights) => {
                 let (config, storage) = (self.config.clone(), self.storage(device));
                 let in_f32 = |name: &str| self.changes(name);
-                CausalLm::load_as(weights, config, device, storage, &in_f32)?
+                let keep = Keep {
+                    storage,
+                    linears: self.plan.base.quantization.scheme(),
+                    in_f32: &in_f32,
+                };
+                CausalLm::load_as(weights, config, device, keep)?
             }
             None => CausalLm::random(self.config.clone(), seed, device)?,
         };
