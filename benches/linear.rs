@@ -1,13 +1,15 @@
-//! Frozen linear layers forward and backward, with the weight in f32, bf16 and f16: GFLOP/s, the best
+//! Frozen linear layers forward and backward, with the weight in f32, bf16, f16, NF4 and int8: GFLOP/s, the best
 //! of several rounds, memory for the results included. One JSON line a shape.
 //!
 //!     cargo bench --bench linear -- --rows 2048 --shapes 576x576,1536x576,2048x2048
 
+use std::sync::Arc;
 use std::time::Instant;
 
 use burn::tensor::{Device, Distribution, FloatDType, Tensor};
 use clap::Parser;
-use lorafit::kernels;
+use lorafit::kernels::{self, Weight};
+use lorafit::quant::{QuantMatrix, Scheme};
 
 #[derive(Parser)]
 struct Args {
@@ -40,12 +42,24 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         let (out, input) = shape.split_once('x').ok_or("a shape is OUTxIN")?;
         let shape = [out.parse()?, input.parse()?];
         let mut line = serde_json::json!({"rows": args.rows, "out": shape[0], "in": shape[1]});
-        for (name, dtype) in [
-            ("f32", FloatDType::F32),
-            ("bf16", FloatDType::BF16),
-            ("f16", FloatDType::F16),
+        let dense: Tensor<2> = random(shape);
+        let values: Vec<f32> = dense
+            .to_data()
+            .try_into_vec()
+            .map_err(|e| format!("{e:?}"))?;
+        let quantised = |scheme| {
+            let matrix = QuantMatrix::quantise(&values, shape, scheme).expect("finite");
+            Weight::Quantised(Arc::new(matrix))
+        };
+        for (name, weight) in [
+            ("f32", dense.clone().into()),
+            ("bf16", dense.clone().cast(FloatDType::BF16).into()),
+            ("f16", dense.clone().cast(FloatDType::F16).into()),
+            ("nf4", quantised(Scheme::Nf4)),
+            ("nf4-double", quantised(Scheme::Nf4Double)),
+            ("int8", quantised(Scheme::Int8)),
         ] {
-            let [forward, backward] = rates(&args, shape, dtype);
+            let [forward, backward] = rates(&args, shape, &weight);
             line[name] = serde_json::json!({"forward": forward, "backward": backward});
         }
         println!("{line}");
@@ -53,13 +67,13 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     Ok(())
 }
 
+fn random(shape: [usize; 2]) -> Tensor<2> {
+    Tensor::random(shape, Distribution::Normal(0.0, 1.0), &Device::flex())
+}
+
 /// GFLOP/s forward, and of the gradient of x.
-fn rates(args: &Args, [out, input]: [usize; 2], dtype: FloatDType) -> [f64; 2] {
-    let device = Device::flex();
-    let random =
-        |shape: [usize; 2]| Tensor::<2>::random(shape, Distribution::Normal(0.0, 1.0), &device);
+fn rates(args: &Args, [out, input]: [usize; 2], weight: &Weight) -> [f64; 2] {
     let (x, g) = (random([args.rows, input]), random([args.rows, out]));
-    let weight = random([out, input]).cast(dtype);
     let work = 2.0 * (args.rows * out * input) as f64;
     let mut best = [f64::INFINITY; 3];
     for _ in 0..args.rounds {

@@ -17,8 +17,9 @@ use lorafit::adapter::target::{self, Targeting};
 use lorafit::data::batch::Batch;
 use lorafit::device::{self, DeviceSpec};
 use lorafit::model::weights::Weights;
-use lorafit::model::{CausalLm, Storage, names};
+use lorafit::model::{CausalLm, Keep, Storage, names};
 use lorafit::random::Stream;
+use lorafit::recipe::Quantization;
 use lorafit::train::optimizer::{AdamW, AdamWConfig};
 use lorafit::train::{memory, step};
 
@@ -45,6 +46,9 @@ struct Args {
     /// Draw the weights at random: BASE needs only a config.json
     #[arg(long)]
     random: bool,
+    /// How linear layers are kept: none, nf4, nf4-double or int8
+    #[arg(long, default_value = "none", value_parser = quantization)]
+    quantization: Quantization,
     /// Where to compute
     #[arg(long, default_value = "cpu")]
     device: DeviceSpec,
@@ -93,6 +97,10 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     Ok(())
 }
 
+fn quantization(word: &str) -> Result<Quantization, serde_json::Error> {
+    serde_json::from_value(word.into())
+}
+
 /// The base with a fresh adapter on every linear layer.
 fn load(
     args: &Args,
@@ -117,7 +125,12 @@ fn load(
         false => &args.base,
     };
     let weights = Weights::open(base)?;
-    let mut model = CausalLm::load_as(&weights, weights.config()?, device, storage, &|_| false)?;
+    let keep = Keep {
+        storage,
+        linears: args.quantization.scheme(),
+        ..Keep::default()
+    };
+    let mut model = CausalLm::load_as(&weights, weights.config()?, device, keep)?;
     let targeting = Targeting::all_linear(args.rank, 2.0 * args.rank as f64);
     let modules = target::select(&targeting, &names::linear_modules(model.config()))?;
     let config = AdapterConfig::new("base", None, targeting, 0.0);

@@ -354,6 +354,7 @@ fn merges_into_a_gguf_base_are_those_into_its_safetensors() {
             let job = MergeJob {
                 base,
                 adapter: &own().join("lora").join(case).join("adapter_final"),
+                quantised: None,
                 out: &outside.path().join(out),
                 dtype: Some(SaveDtype::F32),
                 shard_size: DEFAULT_SHARD_SIZE,

@@ -25,6 +25,7 @@ mod merge;
 mod packing;
 mod peft;
 mod quant;
+mod quantised;
 mod reader_fuzz;
 mod readers;
 mod recipe;

@@ -34,6 +34,7 @@ fn job<'a>(base: &'a Path, adapter: &'a Path, out: &'a Path) -> MergeJob<'a> {
     MergeJob {
         base,
         adapter,
+        quantised: None,
         out,
         dtype: None,
         shard_size: DEFAULT_SHARD_SIZE,

@@ -2,13 +2,14 @@
 
 use std::path::PathBuf;
 
-use clap::builder::{PossibleValue, PossibleValuesParser};
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::builder::PossibleValuesParser;
+use clap::{Args, Parser, Subcommand};
 use serde::de::DeserializeOwned;
 
+use super::words::BasePrecision;
 use crate::device::DeviceSpec;
 use crate::export::model::SaveDtype;
-use crate::recipe::{load, schema};
+use crate::recipe::{Quantization, load, schema};
 
 /// Fine-tunes open-weight language models with LoRA on one GPU or a CPU.
 #[derive(Debug, Parser)]
@@ -220,6 +221,18 @@ pub struct MergeArgs {
     /// Where the merged model goes [default: RUN_DIR/merged]
     #[arg(long, value_name = "DIR", required_unless_present = "run_dir")]
     pub out: Option<PathBuf>,
+    /// How the base was quantised in training; a run directory knows
+    #[arg(
+        long,
+        value_name = "HOW",
+        default_value = default_of("base.quantization"),
+        value_parser = value_of::<Quantization>("base.quantization"),
+        conflicts_with = "run_dir"
+    )]
+    pub quantization: Quantization,
+    /// What the adapter is merged into where the base was quantised; the error of each is told
+    #[arg(long, default_value = "original")]
+    pub base_precision: BasePrecision,
     /// Number format of the merged weights [default: that of the base]
     #[arg(long)]
     pub dtype: Option<SaveDtype>,
@@ -229,20 +242,6 @@ pub struct MergeArgs {
     /// Do not compare the merged model with base and adapter
     #[arg(long)]
     pub no_verify: bool,
-}
-
-impl ValueEnum for SaveDtype {
-    fn value_variants<'a>() -> &'a [Self] {
-        &[Self::Bf16, Self::F16, Self::F32]
-    }
-
-    fn to_possible_value(&self) -> Option<PossibleValue> {
-        Some(match self {
-            Self::Bf16 => PossibleValue::new("bf16").help("16 bits, the exponent of f32"),
-            Self::F16 => PossibleValue::new("f16").help("16 bits, IEEE half"),
-            Self::F32 => PossibleValue::new("f32").help("32 bits"),
-        })
-    }
 }
 
 /// `lorafit generate`
@@ -261,6 +260,15 @@ pub struct GenerateArgs {
     /// An adapter, in PEFT's layout
     #[arg(long, value_name = "DIR")]
     pub adapter: Option<PathBuf>,
+    #[arg(
+        long,
+        value_name = "HOW",
+        help = effect_of("base.quantization"),
+        default_value = default_of("base.quantization"),
+        value_parser = value_of::<Quantization>("base.quantization")
+    )]
+    /// How the base is quantised.
+    pub quantization: Quantization,
     /// What the user says
     #[arg(long, value_name = "TEXT")]
     pub prompt: String,

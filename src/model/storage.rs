@@ -3,9 +3,13 @@
 //! Those of linear layers, experts, embedding and output head are nearly all of a model. Everything
 //! else, norms, biases, routers, convolutions, is in f32, and so is what trains.
 
+use std::collections::BTreeSet;
+
 use half::{bf16, f16};
 
+use super::config::ModelConfig;
 use super::weights::Dtype;
+use super::{causal_lm, names};
 use crate::quant::Scheme;
 
 /// How a model's matrices are kept.
@@ -28,6 +32,14 @@ impl Default for Keep<'_> {
             in_f32: &|_| false,
         }
     }
+}
+
+/// The tensors of a model's files that [`Keep::linears`] quantises.
+pub fn quantised_tensors(config: &ModelConfig) -> BTreeSet<String> {
+    let linears = causal_lm::outline(config).linears.into_iter();
+    linears
+        .map(|linear| names::in_files(config.family, &format!("{}.weight", linear.path)))
+        .collect()
 }
 
 /// The type in which frozen matrices are kept.
