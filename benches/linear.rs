@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use burn::tensor::{Device, Distribution, FloatDType, Tensor};
 use clap::Parser;
-use lorafit::kernels::{self, Weight};
+use lorafit::kernels::{self, QuantWeight, Weight};
 use lorafit::quant::{QuantMatrix, Scheme};
 
 #[derive(Parser)]
@@ -47,17 +47,18 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             .to_data()
             .try_into_vec()
             .map_err(|e| format!("{e:?}"))?;
-        let quantised = |scheme| {
+        let quantised = |scheme, in_bf16| {
             let matrix = QuantMatrix::quantise(&values, shape, scheme).expect("finite");
-            Weight::Quantised(Arc::new(matrix))
+            Weight::Quantised(Arc::new(QuantWeight { matrix, in_bf16 }))
         };
         for (name, weight) in [
             ("f32", dense.clone().into()),
             ("bf16", dense.clone().cast(FloatDType::BF16).into()),
             ("f16", dense.clone().cast(FloatDType::F16).into()),
-            ("nf4", quantised(Scheme::Nf4)),
-            ("nf4-double", quantised(Scheme::Nf4Double)),
-            ("int8", quantised(Scheme::Int8)),
+            ("nf4", quantised(Scheme::Nf4, false)),
+            ("nf4 in bf16", quantised(Scheme::Nf4, true)),
+            ("nf4-double", quantised(Scheme::Nf4Double, false)),
+            ("int8", quantised(Scheme::Int8, false)),
         ] {
             let [forward, backward] = rates(&args, shape, &weight);
             line[name] = serde_json::json!({"forward": forward, "backward": backward});

@@ -16,7 +16,8 @@ use std::time::{Duration, Instant};
 use burn::tensor::Device;
 use clap::{Parser, ValueEnum};
 use lorafit::model::weights::Weights;
-use lorafit::model::{CausalLm, Storage};
+use lorafit::model::{CausalLm, Keep, Storage};
+use lorafit::recipe::Quantization;
 use serde_json::json;
 
 #[derive(Parser)]
@@ -27,6 +28,9 @@ struct Args {
     /// How its matrices are kept
     #[arg(long, value_enum, default_value = "as-stored")]
     storage: Kept,
+    /// How its linear layers are quantised: none, nf4, nf4-double or int8
+    #[arg(long, default_value = "none", value_parser = quantization)]
+    quantization: Quantization,
     /// Given by `cargo bench`
     #[arg(long, hide = true)]
     bench: bool,
@@ -67,7 +71,12 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
                 std::thread::sleep(Duration::from_millis(1));
             }
         });
-        let model = load(dir, storage);
+        let keep = Keep {
+            storage,
+            linears: args.quantization.scheme(),
+            ..Keep::default()
+        };
+        let model = load(dir, keep);
         done.store(true, Ordering::Relaxed);
         model
     })?;
@@ -76,7 +85,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     println!(
         "{}",
         json!({
-            "storage": format!("{:?}", args.storage), "file_bytes": bytes, "seconds": seconds,
+            "storage": format!("{:?}", args.storage), "quantization": args.quantization, "file_bytes": bytes, "seconds": seconds,
             "peak_beyond_mapped_bytes": peak, "of_file": peak as f64 / bytes as f64,
             "vm_hwm_bytes": status("VmHWM"), "layers": model.config().num_hidden_layers,
         })
@@ -84,12 +93,15 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     Ok(())
 }
 
-fn load(dir: &Path, storage: Storage) -> Result<CausalLm, String> {
+fn quantization(word: &str) -> Result<Quantization, serde_json::Error> {
+    serde_json::from_value(word.into())
+}
+
+fn load(dir: &Path, keep: Keep) -> Result<CausalLm, String> {
     let weights = Weights::open(dir).map_err(|error| error.to_string())?;
     let config = weights.config().map_err(|error| error.to_string())?;
     let device = Device::flex();
-    CausalLm::load_as(&weights, config, &device, storage, &|_| false)
-        .map_err(|error| error.to_string())
+    CausalLm::load_as(&weights, config, &device, keep).map_err(|error| error.to_string())
 }
 
 /// A line of `/proc/self/status`, in bytes; `None` where there is no such file.

@@ -18,7 +18,7 @@ use std::sync::Arc;
 use burn::tensor::Device;
 use lorafit::device::scalar;
 use lorafit::model::weights::Weights;
-use lorafit::model::{CausalLm, Storage, Tokens};
+use lorafit::model::{CausalLm, Keep, Storage, Tokens};
 use lorafit::train::step;
 
 use crate::fixture::Workspace;
@@ -95,8 +95,11 @@ fn model_case(dir: &Path, storage: Storage) -> Case {
         None => AMPLIFIED,
     };
     let allowed = amplified * product * products.sqrt();
-    let model = CausalLm::load_as(&weights, config, &Device::flex(), storage, &|_| false)
-        .map_err(failed)?;
+    let keep = Keep {
+        storage,
+        ..Keep::default()
+    };
+    let model = CausalLm::load_as(&weights, config, &Device::flex(), keep).map_err(failed)?;
     let expected = Tensors::open(&dir.join("expected.safetensors"));
     let ids = expected.ints("input_ids");
     let tokens = expected.shape("input_ids")[1];
@@ -210,7 +213,12 @@ fn what_trains_stays_f32() {
     let trains = |name: &str| name.ends_with("q_proj.weight");
     let config = weights.config().unwrap();
     let device = Device::flex();
-    let mut model = CausalLm::load_as(&weights, config, &device, Storage::Bf16, &trains).unwrap();
+    let keep = Keep {
+        storage: Storage::Bf16,
+        in_f32: &trains,
+        ..Keep::default()
+    };
+    let mut model = CausalLm::load_as(&weights, config, &device, keep).unwrap();
     let bits = |stored: f32| half::bf16::from_f32(stored).to_f32();
     let mut matrices = 0;
     model.visit(&mut |name, mut parameter| {

@@ -31,7 +31,7 @@ use std::ops::Range;
 use half::bf16;
 use rayon::prelude::*;
 
-use super::flex::Shared;
+use super::flex::{Shared, Store};
 
 /// Rows and vectors of 16 columns of a tile: with their operands they fill the 32 registers.
 const TILE_ROWS: usize = 8;
@@ -89,6 +89,10 @@ struct Product<'a> {
     /// Terms of each sum.
     k: usize,
     dst: Shared,
+    /// From row to row of lhs and of dst.
+    strides: [usize; 2],
+    /// Whether dst is replaced or gains.
+    store: Store,
 }
 
 /// Whether the processor has these products.
@@ -115,14 +119,35 @@ pub(super) fn multiply(
         Side::Transposed => (out, input),
         Side::Plain => (input, out),
     };
-    assert!(dst.len() == m * n && lhs.len() == m * k && matrix.len() == n * k);
     if k == 0 {
-        dst.fill(0.0);
+        return dst.fill(0.0);
+    }
+    let strides = [k, n];
+    let shape = ([out, input], m);
+    multiply_part((dst, lhs), strides, Store::Set, matrix, shape, side);
+}
+
+/// [`multiply`] with some rows of a larger matrix, whose factor and result are columns of larger ones:
+/// `strides` apart from row to row. dst is set, or gains.
+pub(super) fn multiply_part(
+    (dst, lhs): (&mut [f32], &[f32]),
+    strides: [usize; 2],
+    store: Store,
+    matrix: &[bf16],
+    ([out, input], m): ([usize; 2], usize),
+    side: Side,
+) {
+    assert!(is_available());
+    let (n, k) = match side {
+        Side::Transposed => (out, input),
+        Side::Plain => (input, out),
+    };
+    if m == 0 || n == 0 || k == 0 {
         return;
     }
-    if dst.is_empty() {
-        return;
-    }
+    let span = |stride: usize, width: usize| (m - 1) * stride + width;
+    assert!(strides[0] >= k && strides[1] >= n && matrix.len() == n * k);
+    assert!(span(strides[0], k) <= lhs.len() && span(strides[1], n) <= dst.len());
     let product = Product {
         lhs,
         matrix,
@@ -130,6 +155,8 @@ pub(super) fn multiply(
         n,
         k,
         dst: Shared::new(dst),
+        strides,
+        store,
     };
     // Columns are dealt out first: rows only where those do not suffice, as each of their tasks
     // copies the matrix anew.
@@ -166,11 +193,13 @@ pub(super) fn multiply(
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
 unsafe fn block(product: Product, rows: Range<usize>, panels: Range<usize>, scratch: &mut Scratch) {
     let Product { n, k, .. } = product;
+    let stride = product.strides[1];
     // Blocks of equal size, so that none is left over that hardly pays for its copies.
     let step = k.div_ceil(k.div_ceil(TERMS)).next_multiple_of(32);
     for first in (0..k).step_by(step) {
         let terms = first..(first + step).min(k);
         let pairs = terms.len().div_ceil(2);
+        let sets = first == 0 && product.store == Store::Set;
         for (panel, lines) in
             (panels.clone()).zip(scratch.rhs.chunks_exact_mut(pairs * TILE_VECTORS))
         {
@@ -190,8 +219,8 @@ unsafe fn block(product: Product, rows: Range<usize>, panels: Range<usize>, scra
                     let count = TILE_ROWS.min(height - top);
                     // SAFETY: the tile's rows and columns lie inside `dst` and are this task's.
                     unsafe {
-                        let dst = product.dst.at((row + top) * n + column);
-                        tile(lhs, rhs, dst, n, [count, width], first == 0);
+                        let dst = product.dst.at((row + top) * stride + column);
+                        tile(lhs, rhs, dst, stride, [count, width], sets);
                     }
                 }
             }
@@ -288,7 +317,7 @@ unsafe fn copy_rows(product: Product, rows: Range<usize>, terms: Range<usize>, l
             lines.fill(Line([0; 16]));
             continue;
         }
-        let start = (rows.start + i) * product.k + terms.start;
+        let start = (rows.start + i) * product.strides[0] + terms.start;
         let from = product.lhs[start..start + count].as_ptr();
         for (c, line) in lines.iter_mut().enumerate() {
             let left = count - 32 * c;

@@ -102,7 +102,7 @@ pub(super) fn backward(
 ) -> FlexTensor {
     let [weight, grad] = [weight, grad].map(flex::contiguous);
     let input = match &quantised {
-        Some(matrix) => matrix.shape()[1],
+        Some(weight) => weight.matrix.shape()[1],
         None => weight.layout().shape().dims::<2>()[1],
     };
     let weight = (weight, quantised);

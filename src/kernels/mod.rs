@@ -47,7 +47,7 @@ pub use rms_norm::rms_norm;
 pub use rope::{RopeLayout, rope};
 pub use segments::Segments;
 pub use swiglu::swiglu;
-pub use weight::{Quantised, Weight};
+pub use weight::{QuantWeight, Quantised, Weight};
 
 /// Fused operations, routed to the backend of their tensors. Shapes stand in each kernel's file.
 #[backend_extension(Flex, Autodiff)]

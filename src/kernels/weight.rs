@@ -18,11 +18,20 @@ pub enum Weight {
     Dense(Tensor<2>),
     /// Frozen, in host memory whatever the device. The CPU's kernels dequantise blocks of it that fit
     /// the cache; plain operations, which other devices have, all of it at each use.
-    Quantised(Arc<QuantMatrix>),
+    Quantised(Arc<QuantWeight>),
+}
+
+/// A quantised matrix.
+#[derive(Debug, Clone, PartialEq)]
+pub struct QuantWeight {
+    /// Its values.
+    pub matrix: QuantMatrix,
+    /// Whether the CPU may multiply it in bf16, both factors rounded, where it can.
+    pub in_bf16: bool,
 }
 
 /// What a fused operation takes beside a weight's tensor, which is empty where this is the weight.
-pub type Quantised = Option<Arc<QuantMatrix>>;
+pub type Quantised = Option<Arc<QuantWeight>>;
 
 impl From<Tensor<2>> for Weight {
     fn from(weight: Tensor<2>) -> Self {
@@ -35,7 +44,7 @@ impl Weight {
     pub fn dims(&self) -> [usize; 2] {
         match self {
             Self::Dense(weight) => weight.dims(),
-            Self::Quantised(matrix) => matrix.shape(),
+            Self::Quantised(weight) => weight.matrix.shape(),
         }
     }
 
@@ -51,7 +60,8 @@ impl Weight {
     pub fn in_f32(&self, device: &Device) -> Tensor<2> {
         match self {
             Self::Dense(weight) => in_f32(weight.clone()),
-            Self::Quantised(matrix) => {
+            Self::Quantised(weight) => {
+                let matrix = &weight.matrix;
                 let data = TensorData::new(matrix.dequantised(), matrix.shape());
                 Tensor::from_data(data, &device.clone().inner())
             }
@@ -62,9 +72,9 @@ impl Weight {
     pub(super) fn into_parts(self, device: &Device) -> (Tensor<2>, Quantised) {
         match self {
             Self::Dense(weight) => (weight, None),
-            Self::Quantised(matrix) => {
+            Self::Quantised(weight) => {
                 let none = Tensor::empty([0, 0], &device.clone().inner());
-                (none, Some(matrix))
+                (none, Some(weight))
             }
         }
     }

@@ -17,7 +17,8 @@ use crate::quant::Scheme;
 pub struct Keep<'a> {
     /// The frozen ones.
     pub storage: Storage,
-    /// Those of linear layers, the output head and routers apart: quantised so, if at all.
+    /// Those of linear layers, the output head and routers apart: quantised so, if at all, and then
+    /// multiplied in bf16 where `storage` would keep them so.
     pub linears: Option<Scheme>,
     /// Names of those that are kept in f32 all the same: what is going to train.
     pub in_f32: &'a dyn Fn(&str) -> bool,

@@ -10,7 +10,7 @@ use super::names::Linear;
 use super::pieces::{Layout, Piece, pieces};
 use super::storage::{Keep, Kept, Storage};
 use super::weights::{Dtype, Weights, WeightsError};
-use crate::kernels::Weight;
+use crate::kernels::{QuantWeight, Weight};
 use crate::nn::{LoraLinear, Norm, NormKind};
 use crate::quant::QuantMatrix;
 use crate::random::Stream;
@@ -187,14 +187,22 @@ impl<'a> TensorReader<'a> {
 
     /// Quantised where linear layers are: in f32 in between, for this layer alone.
     fn linear_weight(&mut self, name: &str, shape: [usize; 2]) -> Read<Weight> {
-        let (weights, scheme) = match &self.source {
-            Source::Files { weights, keep } if !(keep.in_f32)(name) => (*weights, keep.linears),
+        let (weights, storage, scheme) = match &self.source {
+            Source::Files {
+                weights,
+                keep:
+                    Keep {
+                        storage,
+                        linears: Some(scheme),
+                        in_f32,
+                    },
+            } if !in_f32(name) => (*weights, *storage, *scheme),
             _ => return Ok(self.matrix(name, shape)?.into()),
         };
-        let Some(scheme) = scheme else {
-            return Ok(self.matrix(name, shape)?.into());
-        };
-        let values = gather::<f32>(weights, &pieces(&self.config, name, &shape), &shape)?;
+        let pieces = pieces(&self.config, name, &shape);
+        let stored = pieces.iter().map(|piece| weights.dtype(&piece.name));
+        let in_bf16 = storage.of(stored) == Dtype::BF16;
+        let values = gather::<f32>(weights, &pieces, &shape)?;
         self.note(name, &shape);
         let matrix = QuantMatrix::quantise(&values, shape, scheme);
         let matrix = matrix.map_err(|source| WeightsError::NotFinite {
@@ -202,7 +210,7 @@ impl<'a> TensorReader<'a> {
             name: name.to_string(),
             source,
         })?;
-        Ok(Weight::Quantised(Arc::new(matrix)))
+        Ok(Weight::Quantised(Arc::new(QuantWeight { matrix, in_bf16 })))
     }
 
     /// The linear layer of a router: no adapter of linear layers counts it, and it is kept in f32, as

@@ -24,7 +24,7 @@ fn values<const D: usize>(x: Tensor<D>) -> Vec<f64> {
 }
 
 /// Checks `got [m, n] = x [m, k] w [n, k]ᵀ` within the bound.
-fn assert_product(name: &str, got: Tensor<2>, x: Tensor<2>, w: Tensor<2>, slack: f64) {
+pub(super) fn assert_product(name: &str, got: Tensor<2>, x: Tensor<2>, w: Tensor<2>, slack: f64) {
     let ([m, k], [n, _]) = (x.dims(), w.dims());
     assert_eq!(got.dims(), [m, n], "{name}");
     let (got, x, w) = (values(got), values(x), values(w));
@@ -45,7 +45,7 @@ fn assert_product(name: &str, got: Tensor<2>, x: Tensor<2>, w: Tensor<2>, slack:
 }
 
 /// The output for x and the gradient of x under a given upstream.
-fn with_gradient(
+pub(super) fn with_gradient(
     x: &Tensor<2>,
     upstream: &Tensor<2>,
     f: impl Fn(Tensor<2>) -> Tensor<2>,
