@@ -57,13 +57,6 @@ impl<'a> Matrix<'a> {
         }
     }
 
-    /// The elements of a row-major matrix whose rows follow each other.
-    #[cfg(target_arch = "x86_64")]
-    pub(super) fn elements(self) -> &'a [f32] {
-        assert!(self.row_stride == self.cols && self.col_stride == 1);
-        &self.data[..self.rows * self.cols]
-    }
-
     /// Its number of rows.
     pub(super) fn rows(self) -> usize {
         self.rows

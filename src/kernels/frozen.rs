@@ -37,6 +37,8 @@ enum Elements<'a> {
 
 /// Elements converted at once: 1 MiB of f32.
 const BLOCK: usize = 1 << 18;
+/// Elements that one task converts.
+const EACH: usize = 1 << 14;
 /// Fewest rows converted at once, however wide: each block reads x, or reads and writes the gradient
 /// of x, once more. At 8192 columns, 32 rows took a quarter longer than 128.
 const FEWEST_ROWS: usize = 128;
@@ -207,18 +209,26 @@ impl<'a> Frozen<'a> {
     /// [`Frozen::blocks`], rounded to bf16, with their shapes.
     #[cfg(target_arch = "x86_64")]
     fn blocks_in_bf16(self, mut each: impl FnMut(usize, &[bf16], [usize; 2])) {
-        let mut rounded = Vec::new();
-        self.blocks(|first, block| {
-            let values = block.elements();
-            rounded.resize(values.len(), bf16::ZERO);
-            in_parallel(&mut rounded, values, |from, to| {
+        // More rows than in f32, as x is rounded anew for each block of them.
+        let height = (BLOCK / self.cols).max(4 * FEWEST_ROWS).min(self.rows);
+        let at_once = (EACH / self.cols).max(1);
+        let mut rounded = vec![bf16::ZERO; height * self.cols];
+        for first in (0..self.rows).step_by(height) {
+            let rows = height.min(self.rows - first);
+            let block = &mut rounded[..rows * self.cols];
+            let parts = block.par_chunks_mut(at_once * self.cols).enumerate();
+            let buffer = || vec![0f32; at_once * self.cols];
+            parts.for_each_init(buffer, |values, (i, to)| {
+                let values = &mut values[..to.len()];
+                let part = self.part(first + i * at_once, to.len() / self.cols);
+                part.convert(values);
                 flex::vectorised(
                     #[inline(always)]
-                    || round_to_bf16(from, to),
+                    || round_to_bf16(values, to),
                 );
             });
-            each(first, &rounded, [block.rows(), self.cols]);
-        });
+            each(first, block, [rows, self.cols]);
+        }
     }
 
     /// All elements in f32.
@@ -249,12 +259,7 @@ fn round_to_bf16(from: &[f32], to: &mut [bf16]) {
     }
 }
 
-fn in_parallel<T: Sync, U: Send>(
-    to: &mut [U],
-    from: &[T],
-    convert: impl Fn(&[T], &mut [U]) + Sync,
-) {
-    const EACH: usize = 1 << 14;
+fn in_parallel<T: Sync>(to: &mut [f32], from: &[T], convert: impl Fn(&[T], &mut [f32]) + Sync) {
     (to.par_chunks_mut(EACH))
         .zip(from.par_chunks(EACH))
         .for_each(|(to, from)| convert(from, to));
