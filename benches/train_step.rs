@@ -5,6 +5,8 @@
 //!
 //!     cargo bench --bench train_step -- --base MODEL --batch 4 --seq 512 --steps 6 --rank 16
 
+mod random_model;
+
 use std::path::PathBuf;
 use std::time::Instant;
 
@@ -15,8 +17,9 @@ use lorafit::adapter::target::{self, Targeting};
 use lorafit::data::batch::Batch;
 use lorafit::device::{self, DeviceSpec};
 use lorafit::model::weights::Weights;
-use lorafit::model::{CausalLm, names};
+use lorafit::model::{CausalLm, Keep, Storage, names};
 use lorafit::random::Stream;
+use lorafit::recipe::Quantization;
 use lorafit::train::optimizer::{AdamW, AdamWConfig};
 use lorafit::train::{memory, step};
 
@@ -37,6 +40,15 @@ struct Args {
     /// Rank of the adapters
     #[arg(long, default_value_t = 16)]
     rank: usize,
+    /// How the base's matrices are kept: f32, bf16 or f16
+    #[arg(long, default_value = "f32")]
+    dtype: String,
+    /// Draw the weights at random: BASE needs only a config.json
+    #[arg(long)]
+    random: bool,
+    /// How linear layers are kept: none, nf4, nf4-double or int8
+    #[arg(long, default_value = "none", value_parser = quantization)]
+    quantization: Quantization,
     /// Where to compute
     #[arg(long, default_value = "cpu")]
     device: DeviceSpec,
@@ -77,7 +89,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     println!(
         "{}",
         serde_json::json!({
-            "lorafit": env!("CARGO_PKG_VERSION"), "dtype": "f32", "device": device.spec.to_string(),
+            "lorafit": env!("CARGO_PKG_VERSION"), "dtype": args.dtype, "device": device.spec.to_string(),
             "batch": args.batch, "seq": args.seq, "rank": args.rank,
             "tokens_per_second": counted[counted.len() / 2], "peak_rss_gib": gib,
         })
@@ -85,13 +97,40 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     Ok(())
 }
 
+fn quantization(word: &str) -> Result<Quantization, serde_json::Error> {
+    serde_json::from_value(word.into())
+}
+
 /// The base with a fresh adapter on every linear layer.
 fn load(
     args: &Args,
     device: &burn::tensor::Device,
 ) -> Result<CausalLm, Box<dyn std::error::Error>> {
-    let weights = Weights::open(&args.base)?;
-    let mut model = CausalLm::load(&weights, weights.config()?, device)?;
+    let storage = match args.dtype.as_str() {
+        "f32" => Storage::F32,
+        "bf16" => Storage::Bf16,
+        "f16" => Storage::F16,
+        other => return Err(format!("no dtype {other}").into()),
+    };
+    let scratch = tempfile::tempdir()?;
+    let base = match args.random {
+        true => {
+            std::fs::copy(
+                args.base.join("config.json"),
+                scratch.path().join("config.json"),
+            )?;
+            random_model::write(scratch.path())?;
+            scratch.path()
+        }
+        false => &args.base,
+    };
+    let weights = Weights::open(base)?;
+    let keep = Keep {
+        storage,
+        linears: args.quantization.scheme(),
+        ..Keep::default()
+    };
+    let mut model = CausalLm::load_as(&weights, weights.config()?, device, keep)?;
     let targeting = Targeting::all_linear(args.rank, 2.0 * args.rank as f64);
     let modules = target::select(&targeting, &names::linear_modules(model.config()))?;
     let config = AdapterConfig::new("base", None, targeting, 0.0);

@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::path::Path;
 
+use burn::tensor::Device;
 use lorafit::adapter::config::{AdapterConfig, AdapterConfigError};
 use lorafit::adapter::inject::{self, Init};
 use lorafit::adapter::peft::{self, AdapterWeights, LoraPair};
@@ -12,7 +13,8 @@ use lorafit::export::merged::{MergeJob, merge};
 use lorafit::export::model::SaveDtype;
 use lorafit::model::config::ModelConfig;
 use lorafit::model::names::LoraHalf;
-use lorafit::model::{CausalLm, Tokens, names};
+use lorafit::model::{CausalLm, Keep, Tokens, names};
+use lorafit::quant::Scheme;
 use lorafit::recipe::LrScheduler;
 use lorafit::train::optimizer::{AdamW, AdamWConfig};
 use lorafit::train::schedule::Schedule;
@@ -20,8 +22,8 @@ use lorafit::train::step::{self, Gradients};
 use serde_json::Value;
 
 use crate::reference::{
-    Case, Figures, Tensors, Verdict, distance, failed, flat, load, not_yet, reference, run_all,
-    tolerance, unpacked,
+    Case, Figures, Tensors, Verdict, distance, failed, flat, load, load_as, not_yet, reference,
+    run_all, tolerance, unpacked,
 };
 
 /// Reads an adapter; what lorafit has not is not supported yet.
@@ -43,9 +45,6 @@ impl Hyper {
     fn open(case: &Path) -> Result<Self, Verdict> {
         let text = std::fs::read_to_string(case.join("hyper.json")).map_err(failed)?;
         let json: Value = serde_json::from_str(&text).map_err(failed)?;
-        if json["nf4_base"] == Value::Bool(true) {
-            return Err(not_yet("a 4-bit base"));
-        }
         let known = [
             "lr",
             "betas",
@@ -60,6 +59,11 @@ impl Hyper {
             }
         }
         Ok(Self { json })
+    }
+
+    /// How the base is quantised.
+    fn scheme(&self) -> Option<Scheme> {
+        (self.json["nf4_base"] == Value::Bool(true)).then_some(Scheme::Nf4Double)
     }
 
     fn number(&self, path: &str) -> f64 {
@@ -119,7 +123,11 @@ fn lora_case(case: &Path) -> Case {
     let base = reference()
         .join("models")
         .join(hyper.json["base"].as_str().expect("base"));
-    let mut model = load(&base)?;
+    let keep = Keep {
+        linears: hyper.scheme(),
+        ..Keep::default()
+    };
+    let mut model = load_as(&base, keep)?;
     let (config, weights) = read_adapter(&case.join("adapter_init"))?;
     let modules = peft::fit_model(case, &config, &weights, model.config()).map_err(failed)?;
     let config = with_init(config, case)?;
@@ -128,6 +136,9 @@ fn lora_case(case: &Path) -> Case {
     let mut figures = Figures::default();
     if config.taken_out().is_some() {
         check_residual(&mut model, case, &mut figures);
+    }
+    if hyper.scheme().is_some() {
+        check_dequantised(&mut model, case, &mut figures)?;
     }
     let probe = |model: &CausalLm| probe(model, &expected);
     let before = expected.floats("logits_before");
@@ -153,8 +164,30 @@ fn lora_case(case: &Path) -> Case {
         None => case.join("adapter_final"),
     };
     check_final(&mut model, &last, &config.as_written(), &mut figures)?;
-    check_merge(&last, &base, &expected, &mut figures)?;
+    check_merge(&last, (&base, hyper.scheme()), &expected, &mut figures)?;
     figures.verdict()
+}
+
+/// The quantised weights stand for those that the reference trained on, bit for bit.
+fn check_dequantised(
+    model: &mut CausalLm,
+    case: &Path,
+    figures: &mut Figures,
+) -> Result<(), Verdict> {
+    let sample = Tensors::open(&case.join("base_dequantised_sample.safetensors"));
+    let mut seen = 0;
+    for (module, weight, _) in model.deltas() {
+        let name = format!("{module}.weight");
+        if sample.has(&name) {
+            let got = flat(weight.in_f32(&Device::flex()));
+            figures.check("base", &name, distance(&got, &sample.floats(&name)), 0.0);
+            seen += 1;
+        }
+    }
+    match seen {
+        0 => Err(failed("the sample names no module")),
+        _ => Ok(()),
+    }
 }
 
 /// The configuration with the initialisation that the case's author asked for: PEFT's files say of a
@@ -409,13 +442,14 @@ fn product(pair: &LoraPair) -> Vec<f32> {
 /// PEFT's own final adapter, merged here, gives the logits of PEFT's merge.
 fn check_merge(
     adapter: &Path,
-    base: &Path,
+    (base, quantised): (&Path, Option<Scheme>),
     expected: &Tensors,
     figures: &mut Figures,
 ) -> Result<(), Verdict> {
     let scratch = tempfile::tempdir().map_err(failed)?;
     let out = scratch.path().join("merged");
     let job = MergeJob {
+        quantised,
         // The reference merges in f32, whatever the base is stored in.
         dtype: Some(SaveDtype::F32),
         shard_size: 60_000,

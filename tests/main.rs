@@ -17,6 +17,7 @@ mod golden_models;
 mod golden_packing;
 #[cfg(feature = "webgpu")]
 mod gpu;
+mod half_precision;
 mod hub;
 mod hub_dataset;
 mod hub_server;
@@ -24,6 +25,8 @@ mod merge;
 mod methods;
 mod packing;
 mod peft;
+mod quant;
+mod quantised;
 mod reader_fuzz;
 mod readers;
 mod recipe;

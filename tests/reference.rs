@@ -12,9 +12,9 @@ use std::path::{Path, PathBuf};
 use burn::tensor::{Device, Tensor, TensorData};
 use lorafit::data::batch::Batch;
 use lorafit::device::to_vec;
-use lorafit::model::CausalLm;
 use lorafit::model::config::ConfigError;
 use lorafit::model::weights::Weights;
+use lorafit::model::{CausalLm, Keep};
 use safetensors::SafeTensors;
 
 /// Tolerances of the reference's README, on `|got - want| / max(1, max|want|)`, all in f32.
@@ -228,12 +228,17 @@ pub fn flat(tensor: Tensor<2>) -> Vec<f32> {
 
 /// The model in a directory; a family or feature that is not there yet is no failure.
 pub fn load(dir: &Path) -> Result<CausalLm, Verdict> {
+    load_as(dir, Keep::default())
+}
+
+/// The same with its matrices kept in some way.
+pub fn load_as(dir: &Path, keep: Keep) -> Result<CausalLm, Verdict> {
     let weights = Weights::open(dir).map_err(failed)?;
     let config = weights.config().map_err(|error| match error {
         ConfigError::Architecture { .. } | ConfigError::Unsupported { .. } => not_yet(error),
         _ => failed(error),
     })?;
-    CausalLm::load(&weights, config, &Device::flex()).map_err(failed)
+    CausalLm::load_as(&weights, config, &Device::flex(), keep).map_err(failed)
 }
 
 /// A tensor of the test's own device, so that a broken comparison cannot pass unseen.

@@ -53,6 +53,7 @@ fn workspace(kind: &str) -> Workspace {
     let adapter = "adapter: {rank: 8, dropout: 0.1}";
     let data = "data: {train: [data.jsonl], validation_fraction: 0.2, max_seq_len: 96}";
     let recipe = match kind {
+        "bf16" => RECIPE.replace("train:\n", "train:\n  precision: bf16\n"),
         "full" => RECIPE.replace(adapter, "adapter: {method: full}"),
         "streamed" => {
             workspace.write(
@@ -230,6 +231,11 @@ fn interrupted_at(kind: &str, steps: &[usize]) {
 #[test]
 fn an_interrupted_run_goes_on_exactly() {
     interrupted_at("lora", &[1, 5, 9]);
+}
+
+#[test]
+fn an_interrupted_run_in_bf16_goes_on_exactly() {
+    interrupted_at("bf16", &[4]);
 }
 
 #[test]

@@ -49,7 +49,7 @@ fn verified(ran: &Ran) -> [f64; 3] {
 }
 
 /// Changes the f32 values of each tensor whose name ends with `suffix`.
-fn edit(path: &Path, suffix: &str, change: impl Fn(f32) -> f32) {
+pub fn edit(path: &Path, suffix: &str, change: impl Fn(f32) -> f32) {
     let mut bytes = fs::read(path).unwrap();
     let start = 8 + u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
     let header: Value = serde_json::from_slice(&bytes[8..start]).unwrap();
@@ -150,7 +150,14 @@ fn check(workspace: &Workspace) -> Result<verify::Comparison, VerifyError> {
     let [base, adapter, merged] =
         ["base", "run/adapter", "merged"].map(|name| workspace.path(name));
     let (config, weights) = read_adapter(&adapter).unwrap();
-    verify::verify(&base, (&config, &weights), &merged, &Device::flex())
+    let job = verify::Merged {
+        base: &base,
+        adapter: (&config, &weights),
+        merged: &merged,
+        trained_on: None,
+        into: None,
+    };
+    verify::verify(&job, &Device::flex())
 }
 
 #[test]

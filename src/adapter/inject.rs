@@ -9,6 +9,7 @@ use super::peft::{AdapterWeights, LoraPair, Saved};
 use super::target::ModuleAdapter;
 use super::vera::{self, VeraConfig, VeraWeights};
 use crate::device::to_vec;
+use crate::kernels::Weight;
 use crate::model::{CausalLm, names};
 use crate::nn::lora_linear::row_squares;
 use crate::nn::{ExpertDelta, Lambdas, LoraDelta, Magnitude, Parameter, TokenRows};
@@ -51,14 +52,14 @@ pub fn inject(
         model.untie();
     }
     let mut residuals = BTreeMap::new();
-    for (path, mut weight, delta) in model.deltas() {
+    for (path, weight, delta) in model.deltas() {
         let Some(&(index, adapter)) = by_module.get(path.as_str()) else {
             continue;
         };
         let is_embedding = path == names::EMBEDDING;
         let (rank, scaling) = (adapter.rank, adapter.scaling);
         let start = config.taken_out().filter(|_| !is_embedding).map(|taken| {
-            let values = to_vec(Parameter::Matrix(&mut weight).flat());
+            let values = to_vec(Parameter::Matrix(&mut weight.in_f32(&device)).flat());
             taken.first_values(&values, weight.dims(), rank, scaling)
         });
         let pair = match (init, &start) {
@@ -83,10 +84,14 @@ pub fn inject(
                 matrix(start.b, start.b_shape),
             )
         });
-        if let Some((a, b)) = &start {
-            weight = weight - b.clone().matmul(a.clone()) * scaling;
-            residuals.insert(format!("{path}.weight"), weight.clone());
-        }
+        let weight = match &start {
+            Some((a, b)) => {
+                let rest = weight.in_f32(&device) - b.clone().matmul(a.clone()) * scaling;
+                residuals.insert(format!("{path}.weight"), rest.clone());
+                rest.into()
+            }
+            None => weight,
+        };
         let mut lora = LoraDelta {
             lora_a: leaf(pair.a, pair.a_shape, &device),
             lora_b: leaf(pair.b, pair.b_shape, &device),
@@ -99,7 +104,11 @@ pub fn inject(
         };
         if config.use_dora {
             lora.magnitude = Some(match is_embedding {
-                true => magnitude(&weight.transpose(), &lora.transposed(), pair.magnitude),
+                true => magnitude(
+                    &weight.in_f32(&device).transpose().into(),
+                    &lora.transposed(),
+                    pair.magnitude,
+                ),
                 false => magnitude(&weight, &lora, pair.magnitude),
             });
         }
@@ -301,8 +310,8 @@ fn fresh_embedding([tokens, width]: [usize; 2], rank: usize, stream: Stream) -> 
 
 /// The magnitudes of a layer: as loaded, else the lengths that the rows have, so that nothing
 /// changes at first.
-fn magnitude(weight: &Tensor<2>, lora: &LoraDelta, loaded: Option<Vec<f32>>) -> Magnitude {
-    let squares = row_squares(weight);
+fn magnitude(weight: &Weight, lora: &LoraDelta, loaded: Option<Vec<f32>>) -> Magnitude {
+    let squares = row_squares(weight, &lora.lora_a.device());
     let vector = match loaded {
         Some(values) => {
             let n = values.len();

@@ -8,7 +8,7 @@ use serde::de::DeserializeOwned;
 
 use super::merge_args::{CombineArgs, MergeArgs};
 use crate::device::DeviceSpec;
-use crate::recipe::{load, schema};
+use crate::recipe::{Quantization, load, schema};
 
 /// Fine-tunes open-weight language models with LoRA on one GPU or a CPU.
 #[derive(Debug, Parser)]
@@ -204,6 +204,15 @@ pub struct GenerateArgs {
     /// An adapter, in PEFT's layout
     #[arg(long, value_name = "DIR")]
     pub adapter: Option<PathBuf>,
+    #[arg(
+        long,
+        value_name = "HOW",
+        help = effect_of("base.quantization"),
+        default_value = default_of("base.quantization"),
+        value_parser = value_of::<Quantization>("base.quantization")
+    )]
+    /// How the base is quantised.
+    pub quantization: Quantization,
     /// What the user says
     #[arg(long, value_name = "TEXT")]
     pub prompt: String,
@@ -300,7 +309,7 @@ fn effect_of(key: &str) -> String {
 }
 
 /// Reads the value of an option that shares a recipe's knob, and its range.
-fn value_of<T: DeserializeOwned>(
+pub(super) fn value_of<T: DeserializeOwned>(
     key: &'static str,
 ) -> impl Fn(&str) -> Result<T, String> + Clone + Send + Sync + 'static {
     move |text| {

@@ -16,9 +16,9 @@ use crate::data::tokenize::ChatTokenizer;
 use crate::device;
 use crate::hub;
 use crate::infer::{self, Sampling};
-use crate::model::CausalLm;
 use crate::model::config::ModelConfig;
 use crate::model::weights::Weights;
+use crate::model::{CausalLm, Keep};
 
 /// Generates and streams the answer.
 ///
@@ -53,8 +53,12 @@ pub fn run(args: &GenerateArgs, output: &Output) -> anyhow::Result<Exit> {
         .max(config.vocab_size);
     check_prompt(&prompt, &config, vocabulary)?;
     warn(&tokenizer, args, &mut renderer);
-    let mut model =
-        CausalLm::load(&weights, config, &device.device).context("cannot load the base model")?;
+    let keep = Keep {
+        linears: args.quantization.scheme(),
+        ..Keep::default()
+    };
+    let mut model = CausalLm::load_as(&weights, config, &device.device, keep)
+        .context("cannot load the base model")?;
     if let Some((config, modules, weights)) = &adapter {
         inject::inject(&mut model, config, modules, &Init::Loaded(weights));
     }

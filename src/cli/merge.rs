@@ -9,13 +9,14 @@ use super::combine::widest;
 use super::merge_args::MergeArgs;
 use super::render::{Renderer, bytes};
 use super::warnings::Warning;
+use super::words::BasePrecision;
 use super::{Exit, Usage, interrupt};
 use crate::device::{self, DeviceKind, DeviceSpec};
 use crate::export::merged::{self, MergeJob, MergeReport, Rounding};
-use crate::export::verify::{self, Comparison};
+use crate::export::verify::{self, Comparison, Distance, Merged};
 use crate::export::write;
 use crate::hub;
-use crate::recipe::AdapterMethod;
+use crate::recipe::{AdapterMethod, Quantization};
 use crate::train::run_dir::{self, RunDir};
 
 /// Where merged models are compared: they need to fit in main memory only.
@@ -29,6 +30,8 @@ struct Request {
     base: String,
     revision: String,
     adapters: Vec<(PathBuf, f64)>,
+    /// How the base was quantised in training.
+    quantization: Quantization,
     out: PathBuf,
 }
 
@@ -43,12 +46,15 @@ pub fn run(args: &MergeArgs, output: &Output) -> anyhow::Result<Exit> {
         renderer.download(&p)
     })?;
     renderer.finish_bar();
+    let trained_on = request.quantization.scheme();
+    let into = trained_on.filter(|_| args.base_precision == BasePrecision::Quantized);
     let job = MergeJob {
         base: &base,
         adapters: request.adapters.clone(),
         combination: args.combination.combination(|| widest(&request.adapters))?,
         subtract: args.subtract,
         force: args.force,
+        quantised: into,
         out: &request.out,
         dtype: args.dtype,
         shard_size: args.shard_size,
@@ -68,8 +74,14 @@ pub fn run(args: &MergeArgs, output: &Output) -> anyhow::Result<Exit> {
         false => {
             renderer.note("comparing the merged model with base + adapter");
             let device = device::open(CPU)?.device;
-            let merged = prepared.path();
-            Some(verify::verify(&base, prepared.adapter(), merged, &device)?)
+            let merged = Merged {
+                base: &base,
+                adapter: prepared.adapter(),
+                merged: prepared.path(),
+                trained_on,
+                into,
+            };
+            Some(verify::verify(&merged, &device)?)
         }
     };
     if interrupt::asked() {
@@ -103,6 +115,15 @@ fn show(report: &MergeReport, verified: Option<&Comparison>, out: &Path, rendere
         "rounding": report.rounding,
         "verified": verified,
     });
+    let from_trained = verified.and_then(|c| c.from_trained).map(|from| {
+        let told =
+            |d: Distance| format!("KL {:.2e} nats ({:.2e} in a logit)", d.kl, d.max_difference);
+        format!(
+            "the original base is off by {}; the quantized one by {}",
+            told(from.original),
+            told(from.quantized)
+        )
+    });
     let verified = match verified {
         Some(c) => format!(
             "against base + adapter on {} tokens: largest logit difference {:.2e}, KL {:.2e} nats (base alone {:.2e})",
@@ -110,7 +131,7 @@ fn show(report: &MergeReport, verified: Option<&Comparison>, out: &Path, rendere
         ),
         None => "no (--no-verify)".to_string(),
     };
-    let lines = [
+    let mut lines = vec![
         (
             "merged",
             format!("{} modules into {}", report.modules.len(), out.display()),
@@ -134,6 +155,9 @@ fn show(report: &MergeReport, verified: Option<&Comparison>, out: &Path, rendere
         ("rounding", rounding(report)),
         ("verified", verified),
     ];
+    if let Some(from_trained) = from_trained {
+        lines.push(("as trained", from_trained));
+    }
     renderer.result(&event, &lines);
 }
 
@@ -161,6 +185,7 @@ fn request(args: &MergeArgs) -> anyhow::Result<Request> {
                 true => return Err(missing()),
                 false => args.adapter.clone(),
             },
+            quantization: args.quantization,
             out: args.out.clone().ok_or_else(missing)?,
         });
     };
@@ -184,6 +209,7 @@ fn request(args: &MergeArgs) -> anyhow::Result<Request> {
         base: plan.base.model,
         revision: plan.base.revision,
         adapters: vec![(adapter, 1.0)],
+        quantization: plan.base.quantization,
         out: args
             .out
             .clone()

@@ -2,13 +2,14 @@
 
 use std::path::{Path, PathBuf};
 
-use clap::builder::PossibleValue;
 use clap::{Args, ValueEnum};
 
 use super::Usage;
-use super::args::{default_of, parse_bytes};
+use super::args::{default_of, parse_bytes, value_of};
+use super::words::BasePrecision;
 use crate::adapter::combine::Combination;
 use crate::export::model::SaveDtype;
+use crate::recipe::Quantization;
 
 /// `lorafit merge`
 #[derive(Debug, Clone, Args)]
@@ -54,6 +55,18 @@ pub struct MergeArgs {
     /// Where the merged model goes [default: RUN_DIR/merged]
     #[arg(long, value_name = "DIR", required_unless_present = "run_dir")]
     pub out: Option<PathBuf>,
+    /// How the base was quantised in training; a run directory knows
+    #[arg(
+        long,
+        value_name = "HOW",
+        default_value = default_of("base.quantization"),
+        value_parser = value_of::<Quantization>("base.quantization"),
+        conflicts_with = "run_dir"
+    )]
+    pub quantization: Quantization,
+    /// What the adapter is merged into where the base was quantised; the error of each is told
+    #[arg(long, default_value = "original")]
+    pub base_precision: BasePrecision,
     /// Number format of the merged weights [default: that of the base]
     #[arg(long)]
     pub dtype: Option<SaveDtype>,
@@ -115,20 +128,6 @@ fn parse_weighted(text: &str) -> Result<(PathBuf, f64), String> {
             )),
         },
         _ => Ok((whole.into(), 1.0)),
-    }
-}
-
-impl ValueEnum for SaveDtype {
-    fn value_variants<'a>() -> &'a [Self] {
-        &[Self::Bf16, Self::F16, Self::F32]
-    }
-
-    fn to_possible_value(&self) -> Option<PossibleValue> {
-        Some(match self {
-            Self::Bf16 => PossibleValue::new("bf16").help("16 bits, the exponent of f32"),
-            Self::F16 => PossibleValue::new("f16").help("16 bits, IEEE half"),
-            Self::F32 => PossibleValue::new("f32").help("32 bits"),
-        })
     }
 }
 

@@ -2,7 +2,7 @@
 //!
 //! [`args`] says what can be typed. Every command is a file of its own. What they print goes through
 //! [`render`] (events, progress, warnings, results; [`pace`] tells how long training will take) and
-//! [`mod@print`]; [`warnings`] are an enum whose texts carry the remedy. [`interrupt`] is Ctrl-C.
+//! [`mod@print`]; [`warnings`] are an enum whose texts carry the remedy, [`words`] those of options. [`interrupt`] is Ctrl-C.
 
 pub mod args;
 pub mod check;
@@ -28,6 +28,7 @@ pub mod train;
 pub mod turns;
 pub mod visible;
 pub mod warnings;
+pub mod words;
 
 use args::{Cli, Command};
 

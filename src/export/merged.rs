@@ -19,6 +19,7 @@ use crate::data::tokenize::ChatTokenizer;
 use crate::model::config::{ConfigError, ModelConfig};
 use crate::model::weights::{Dtype, Weights, WeightsError, check};
 use crate::model::{gguf, names};
+use crate::quant::{NotFinite, Scheme};
 
 /// Why a merge failed.
 #[derive(Debug, thiserror::Error)]
@@ -91,6 +92,14 @@ pub enum MergeError {
         /// The module.
         module: String,
     },
+    /// The base cannot be quantised as it was in training.
+    #[error("tensor `{name}` of the base cannot be quantised: {source}")]
+    Quantise {
+        /// The tensor.
+        name: String,
+        /// What is wrong with it.
+        source: NotFinite,
+    },
     /// A tensor of a type that cannot be converted.
     #[error(
         "{name} is stored as {dtype}, which cannot be merged or converted; expected F32, F16 or BF16"
@@ -116,6 +125,9 @@ pub struct MergeJob<'a> {
     pub subtract: bool,
     /// Whether a base that is not the adapters' own is merged into all the same.
     pub force: bool,
+    /// How the base was quantised in training, to merge into what those weights stand for; into the
+    /// base's own when `None`.
+    pub quantised: Option<Scheme>,
     /// The new model directory; must not exist or be empty.
     pub out: &'a Path,
     /// Type of all weights; each keeps its own when `None` (bf16 for a GGUF base).
@@ -133,6 +145,7 @@ impl<'a> MergeJob<'a> {
             combination: Combination::Cat,
             subtract: false,
             force: false,
+            quantised: None,
             out,
             dtype: None,
             shard_size: DEFAULT_SHARD_SIZE,

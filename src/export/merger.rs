@@ -1,7 +1,7 @@
 //! Reads a base's tensors with what adapters change in them.
 
 use std::borrow::Cow;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
 use safetensors::Dtype as Stored;
@@ -19,7 +19,9 @@ use crate::adapter::tokens::TrainedTokens;
 use crate::model::config::ModelConfig;
 use crate::model::names;
 use crate::model::pieces::pieces;
+use crate::model::storage::quantised_tensors;
 use crate::model::weights::{Dtype, Weights};
+use crate::quant::QuantMatrix;
 
 /// What an adapter does to a tensor of the base.
 #[derive(Debug)]
@@ -52,6 +54,8 @@ fn unties(adapter: &AdapterConfig, trained: &AdapterWeights, config: &ModelConfi
 pub(super) struct Merger<'a> {
     job: &'a MergeJob<'a>,
     weights: &'a Weights,
+    /// Names in the base's files of what is merged into as it was quantised.
+    quantised: BTreeSet<String>,
     /// By name in the base's files; several are made in turn.
     changes: BTreeMap<String, Vec<Change>>,
     /// Tokens that the merged model has room for.
@@ -128,6 +132,10 @@ impl<'a> Merger<'a> {
             weights,
             untied,
             taken_out: adapter.taken_out(),
+            quantised: match job.quantised {
+                Some(_) => quantised_tensors(config),
+                None => BTreeSet::new(),
+            },
             changes,
             vocab_size: (adapter.trained_tokens.as_ref())
                 .map_or(0, TrainedTokens::vocabulary)
@@ -188,7 +196,8 @@ impl<'a> Merger<'a> {
             false => info.name.as_str(),
         };
         let same = self.weights.dtype(name).and_then(stored) == Some(info.dtype);
-        let raw = self.weights.raw(name)?.filter(|_| same);
+        let scheme = self.job.quantised.filter(|_| self.quantised.contains(name));
+        let raw = self.weights.raw(name)?.filter(|_| same && scheme.is_none());
         let changes = self.changes.remove(&info.name).unwrap_or_default();
         let elements = info.shape.iter().product::<usize>();
         let grows = self.weights.shape(name) != Some(&info.shape);
@@ -200,6 +209,20 @@ impl<'a> Merger<'a> {
             dtype: self.weights.dtype(name).unwrap_or(Dtype::F32),
         })?;
         let mut values = self.weights.read_f32(name)?;
+        if let Some(scheme) = scheme {
+            let wrap = |source| MergeError::Quantise {
+                name: name.to_owned(),
+                source,
+            };
+            let shape = [info.shape[0], info.shape[1]];
+            let matrix = QuantMatrix::quantise(&values, shape, scheme).map_err(wrap)?;
+            matrix.dequantise_rows(0, &mut values);
+        }
+        // To tell whether rounding loses the delta.
+        let unmerged = match (raw, scheme) {
+            (None, Some(_)) => Some(Cow::Owned(dtype.encode(&values).into_owned())),
+            (raw, _) => raw.map(Cow::Borrowed),
+        };
         // New rows are trained ones, and new biases zero.
         values.resize(elements, 0.0);
         let mut merged = None;
@@ -221,7 +244,7 @@ impl<'a> Merger<'a> {
         }
         let bytes = dtype.encode(&values).into_owned();
         self.rounding = self.rounding.and(dtype.rounding(&values, &bytes));
-        if raw == Some(&bytes[..]) {
+        if unmerged.as_deref() == Some(&bytes[..]) {
             self.unchanged.push(module.clone());
         }
         self.total = self.total.and(size);

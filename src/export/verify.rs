@@ -9,7 +9,8 @@ use crate::adapter::peft::{self, AdapterConfig, AdapterWeights, PeftError};
 use crate::device::to_vec;
 use crate::model::config::ConfigError;
 use crate::model::weights::{Dtype, Weights, WeightsError};
-use crate::model::{CausalLm, Tokens};
+use crate::model::{CausalLm, Keep, Tokens};
+use crate::quant::Scheme;
 use crate::random::Stream;
 
 /// How near a merged model is to base + adapter, and how far the base alone is.
@@ -23,6 +24,53 @@ pub struct Comparison {
     pub kl_of_base: f64,
     /// Positions compared.
     pub positions: usize,
+    /// Where the base was quantised in training: how far what either base gives is from that model.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub from_trained: Option<FromTrained>,
+}
+
+/// How far models are from the one that was trained, whose base was quantised.
+#[derive(Debug, Clone, Copy, PartialEq, serde::Serialize)]
+pub struct FromTrained {
+    /// The adapter on the base's own weights.
+    pub original: Distance,
+    /// The adapter on what the quantised weights stand for: none but by rounding.
+    pub quantized: Distance,
+}
+
+/// How far apart the logits of two models are.
+#[derive(Debug, Clone, Copy, PartialEq, serde::Serialize)]
+pub struct Distance {
+    /// Largest difference of two logits.
+    pub max_difference: f64,
+    /// Mean KL divergence of the next-token distributions, in nats.
+    pub kl: f64,
+}
+
+impl Distance {
+    fn new(from: &[f32], to: &[f32], vocabulary: usize) -> Self {
+        Self {
+            max_difference: (to.iter().zip(from))
+                .map(|(a, b)| f64::from((a - b).abs()))
+                .fold(0.0, f64::max),
+            kl: divergence(from, to, vocabulary),
+        }
+    }
+}
+
+/// A merged model and what it is made of.
+#[derive(Debug, Clone, Copy)]
+pub struct Merged<'a> {
+    /// The base model.
+    pub base: &'a Path,
+    /// The adapter.
+    pub adapter: (&'a AdapterConfig, &'a AdapterWeights),
+    /// The merged model.
+    pub merged: &'a Path,
+    /// How the base was quantised in training.
+    pub trained_on: Option<Scheme>,
+    /// How the base was quantised that the adapter is merged into: the same, or not at all.
+    pub into: Option<Scheme>,
 }
 
 /// Why a merged model is not what it should be.
@@ -64,40 +112,44 @@ pub enum VerifyError {
 /// Positions of the probe; enough to see every layer, few enough for a large model on a CPU.
 const PROBE: usize = 64;
 
-/// Compares the model in `merged` with `base` + `adapter` on a fixed random text, one model in
-/// memory at a time.
+/// Compares a merged model with base + adapter on a fixed random text, one model in memory at a time.
 ///
 /// # Errors
 /// A model cannot be read, or the merged one is not what it should be.
-pub fn verify(
-    base: &Path,
-    (config, weights): (&AdapterConfig, &AdapterWeights),
-    merged: &Path,
-    device: &Device,
-) -> Result<Comparison, VerifyError> {
-    let (probe, adapted, plain) = {
-        let mut model = load(base, device)?;
-        let probe = probe(&model);
-        if let Some(tokens) = &config.trained_tokens {
-            model.grow(tokens.vocabulary());
-        }
-        let plain = logits(&model, &probe);
-        let modules = peft::fit_model(merged, config, weights, model.config())?;
-        inject::inject(&mut model, config, &modules, &Init::Loaded(weights));
-        let adapted = logits(&model.frozen(), &probe);
-        (probe, adapted, plain)
+pub fn verify(job: &Merged, device: &Device) -> Result<Comparison, VerifyError> {
+    let Probed {
+        probe,
+        adapted,
+        plain,
+    } = base_and_adapted(job, job.into, device)?;
+    // The adapter on the base that it is not merged into.
+    let other = match (job.trained_on, job.into) {
+        (Some(_), Some(_)) => Some(base_and_adapted(job, None, device)?.adapted),
+        (Some(scheme), None) => Some(base_and_adapted(job, Some(scheme), device)?.adapted),
+        (None, _) => None,
     };
-    let weights = Weights::open(merged)?;
+    let weights = Weights::open(job.merged)?;
     let model = CausalLm::load(&weights, weights.config()?, device)?;
     let merged = logits(&model, &probe);
     let vocabulary = model.config().vocab_size;
+    let Distance { max_difference, kl } = Distance::new(&adapted, &merged, vocabulary);
     let comparison = Comparison {
-        max_difference: (merged.iter().zip(&adapted))
-            .map(|(a, b)| f64::from((a - b).abs()))
-            .fold(0.0, f64::max),
-        kl: divergence(&adapted, &merged, vocabulary),
+        max_difference,
+        kl,
         kl_of_base: divergence(&adapted, &plain, vocabulary),
         positions: adapted.len() / vocabulary,
+        from_trained: other.map(|other| {
+            let trained = if job.into.is_some() { &adapted } else { &other };
+            let [here, there] = [&merged, &other].map(|x| Distance::new(trained, x, vocabulary));
+            let (original, quantized) = match job.into {
+                Some(_) => (there, here),
+                None => (here, there),
+            };
+            FromTrained {
+                original,
+                quantized,
+            }
+        }),
     };
     if adapted == plain {
         return Err(VerifyError::Nothing);
@@ -134,10 +186,41 @@ fn rounding(weights: &Weights) -> f64 {
     weights.names().map(limit).fold(0.0, f64::max)
 }
 
-fn load(path: &Path, device: &Device) -> Result<CausalLm, VerifyError> {
-    let weights = Weights::open(path)?;
-    let config = weights.config()?;
-    Ok(CausalLm::load(&weights, config, device)?)
+/// A text, and the logits of two models for it.
+struct Probed {
+    probe: Vec<i32>,
+    adapted: Vec<f32>,
+    plain: Vec<f32>,
+}
+
+/// The logits of base + adapter, and of the base alone.
+fn base_and_adapted(
+    job: &Merged,
+    linears: Option<Scheme>,
+    device: &Device,
+) -> Result<Probed, VerifyError> {
+    let weights = Weights::open(job.base)?;
+    let (config, values) = job.adapter;
+    let saved = |name: &str| config.saves(name.strip_suffix(".weight").unwrap_or(name));
+    let keep = Keep {
+        linears,
+        in_f32: &saved,
+        ..Keep::default()
+    };
+    let mut model = CausalLm::load_as(&weights, weights.config()?, device, keep)?;
+    let probe = probe(&model);
+    if let Some(tokens) = &config.trained_tokens {
+        model.grow(tokens.vocabulary());
+    }
+    let plain = logits(&model, &probe);
+    let modules = peft::fit_model(job.base, config, values, model.config())?;
+    inject::inject(&mut model, config, &modules, &Init::Loaded(values));
+    let adapted = logits(&model.frozen(), &probe);
+    Ok(Probed {
+        probe,
+        adapted,
+        plain,
+    })
 }
 
 fn probe(model: &CausalLm) -> Vec<i32> {

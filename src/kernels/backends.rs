@@ -8,8 +8,8 @@ use burn::backend::{Autodiff, Flex};
 use burn_flex::FlexTensor;
 
 use super::{
-    KernelGradients, Kernels, Segments, attention, cross_entropy, lora_linear, rms_norm, rope,
-    swiglu,
+    KernelGradients, Kernels, Quantised, Segments, attention, cross_entropy, linear, lora_linear,
+    rms_norm, rope, swiglu,
 };
 
 impl Kernels for Flex {
@@ -41,14 +41,25 @@ impl Kernels for Flex {
         attention::forward(q, k, v, sinks, heads, &segments).0
     }
 
+    fn fused_linear(
+        x: FlexTensor,
+        weight: FlexTensor,
+        quantised: Quantised,
+        groups: Arc<[usize]>,
+    ) -> FlexTensor {
+        linear::forward(x, (weight, quantised), &groups)
+    }
+
     fn fused_lora_linear(
         x: FlexTensor,
         weight: FlexTensor,
+        quantised: Quantised,
         lora_a: FlexTensor,
         lora_b: FlexTensor,
         scaling: f32,
+        groups: Arc<[usize]>,
     ) -> FlexTensor {
-        lora_linear::forward(x, weight, lora_a, lora_b, scaling).0
+        lora_linear::forward(x, (weight, quantised), [lora_a, lora_b], scaling, &groups).0
     }
 
     fn fused_cross_entropy(
@@ -111,14 +122,25 @@ impl KernelGradients for Flex {
         attention::backward(saved, grad, wants_sinks)
     }
 
+    fn linear_backward(
+        weight: FlexTensor,
+        quantised: Quantised,
+        grad: FlexTensor,
+        groups: &[usize],
+    ) -> FlexTensor {
+        linear::backward((weight, quantised), grad, groups)
+    }
+
     fn lora_linear_forward(
         x: FlexTensor,
         weight: FlexTensor,
+        quantised: Quantised,
         lora_a: FlexTensor,
         lora_b: FlexTensor,
         scaling: f32,
+        groups: &[usize],
     ) -> (FlexTensor, FlexTensor) {
-        lora_linear::forward(x, weight, lora_a, lora_b, scaling)
+        lora_linear::forward(x, (weight, quantised), [lora_a, lora_b], scaling, groups)
     }
 
     fn lora_linear_backward(
@@ -172,14 +194,25 @@ impl<B: KernelGradients, C: CheckpointStrategy> Kernels for Autodiff<B, C> {
         attention::tracked::<B, C>(q, k, v, sinks, heads, segments)
     }
 
+    fn fused_linear(
+        x: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        quantised: Quantised,
+        groups: Arc<[usize]>,
+    ) -> FloatTensor<Self> {
+        linear::tracked::<B, C>(x, (weight, quantised), groups)
+    }
+
     fn fused_lora_linear(
         x: FloatTensor<Self>,
         weight: FloatTensor<Self>,
+        quantised: Quantised,
         lora_a: FloatTensor<Self>,
         lora_b: FloatTensor<Self>,
         scaling: f32,
+        groups: Arc<[usize]>,
     ) -> FloatTensor<Self> {
-        lora_linear::tracked::<B, C>(x, weight, lora_a, lora_b, scaling)
+        lora_linear::tracked::<B, C>(x, (weight, quantised), [lora_a, lora_b], scaling, groups)
     }
 
     fn fused_cross_entropy(

@@ -18,7 +18,8 @@ use rayon::prelude::*;
 
 use super::attention::{maximum, total};
 use super::flex::{ALL_THREADS, Matrix, Store};
-use super::{KernelGradients, Kernels, flex, is_cpu};
+use super::frozen::Frozen;
+use super::{KernelGradients, Kernels, flex, in_f32, is_cpu};
 
 /// What the loss is computed from: hidden `[N, D]`, weight `[V, D]`, low `[N, R]`, up `[V, R]`, bias
 /// `[V]`; R is 0 without a delta, the bias is empty where there is none.
@@ -38,7 +39,7 @@ pub struct LossAndGradients<B: Backend> {
 /// The output head as the loss sees it.
 #[derive(Debug, Clone)]
 pub struct Head {
-    /// W, `[V, D]`
+    /// W, `[V, D]`; f32, or bf16 or f16 where it is frozen.
     pub weight: Tensor<2>,
     /// A delta's input `s x Aᵀ` for each row, `[N, R]`, and its B, `[V, R]`.
     pub delta: Option<(Tensor<2>, Tensor<2>)>,
@@ -109,7 +110,10 @@ pub fn reference(hidden: Tensor<2>, head: Head, targets: &[i32]) -> Tensor<1> {
         None => (hidden, None),
     };
     of_labelled(rows, targets, |rows| {
-        let base = rows.clone().narrow(1, 0, d).matmul(head.weight.transpose());
+        let base = rows
+            .clone()
+            .narrow(1, 0, d)
+            .matmul(in_f32(head.weight).transpose());
         let products = match (up, ranks) {
             (Some(up), Some(rank)) => base + rows.narrow(1, d, rank).matmul(up.transpose()),
             _ => base,
@@ -164,11 +168,11 @@ pub(super) fn forward(
     wants: [bool; PARTS],
 ) -> LossAndGradients<burn_flex::Flex> {
     let parts = parts.map(flex::contiguous);
-    let [hidden, weight, low, up, bias] = parts.each_ref().map(flex::elements);
+    let [hidden, low, up, bias] = [0, 2, 3, BIAS].map(|i| flex::elements(&parts[i]));
     let [n, d] = parts[0].layout().shape().dims();
     let v = parts[1].layout().shape().dims::<2>()[0];
     let rank = parts[3].layout().shape().dims::<2>()[1];
-    let (head, up) = (Matrix::new(weight, v, d), Matrix::new(up, v, rank));
+    let (head, up) = (Frozen::new(&parts[1], d), Matrix::new(up, v, rank));
     let lengths = [n * d, v * d, n * rank, v * rank, bias.len()];
     let mut gradients: [Option<Vec<f32>>; PARTS] =
         std::array::from_fn(|i| wants[i].then(|| vec![0f32; lengths[i]]));
@@ -183,7 +187,7 @@ pub(super) fn forward(
         gather(hidden, rows, d, &mut h);
         gather(low, rows, rank, &mut l);
         let (h_rows, l_rows) = (Matrix::new(&h, m, d), Matrix::new(&l, m, rank));
-        multiply(&mut logits, v, Store::Set, (h_rows, head.t()));
+        head.forward(&mut logits[..m * v], &h[..m * d]);
         multiply(&mut logits, v, Store::Add, (l_rows, up.t()));
         let losses: Vec<f64> = logits
             .par_chunks_exact_mut(v)
@@ -210,7 +214,7 @@ pub(super) fn forward(
             }
         }
         if let Some(d_hidden) = d_hidden {
-            multiply(&mut h, d, Store::Set, (grad, head));
+            head.backward(&mut h[..m * d], &logits[..m * v]);
             scatter(&h, rows, d, d_hidden);
         }
         if let Some(d_low) = d_low {

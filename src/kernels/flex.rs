@@ -1,6 +1,6 @@
 //! Access to the CPU backend's storage: slices in, tensors out, matrix products in between.
 
-use burn::tensor::TensorData;
+use burn::tensor::{Element, TensorData};
 use burn_flex::FlexTensor;
 
 /// A contiguous f32 tensor; copies only what is a strided view.
@@ -12,11 +12,16 @@ pub(super) fn contiguous(tensor: FlexTensor) -> FlexTensor {
     }
 }
 
-/// The elements of a tensor from [`contiguous`].
+/// The elements of an f32 tensor from [`contiguous`].
 pub(super) fn elements(tensor: &FlexTensor) -> &[f32] {
+    stored(tensor)
+}
+
+/// The elements of a tensor from [`contiguous`], in its own type.
+pub(super) fn stored<T: Element + bytemuck::Pod>(tensor: &FlexTensor) -> &[T] {
     let layout = tensor.layout();
     let start = layout.start_offset();
-    &tensor.storage::<f32>()[start..start + layout.num_elements()]
+    &tensor.storage::<T>()[start..start + layout.num_elements()]
 }
 
 /// A new tensor that owns `values`.
@@ -50,6 +55,11 @@ impl<'a> Matrix<'a> {
             row_stride,
             col_stride: 1,
         }
+    }
+
+    /// Its number of rows.
+    pub(super) fn rows(self) -> usize {
+        self.rows
     }
 
     /// Whether it has no elements.

@@ -1,7 +1,9 @@
 //! A frozen linear layer with a low-rank delta: `y = x Wᵀ + s (x Aᵀ) Bᵀ` (arXiv 2106.09685).
 //!
 //! Matrices keep Hugging Face's and PEFT's layout, `[out, in]`; the transposes above are strides,
-//! not copies. `B A` is never formed. W gets no gradient.
+//! not copies. `B A` is never formed. W gets no gradient. A and B are multiplied in f32 whatever W is.
+
+use std::sync::Arc;
 
 use burn::backend::autodiff::checkpoint::{base::Checkpointer, strategy::CheckpointStrategy};
 use burn::backend::autodiff::grads::Gradients;
@@ -12,100 +14,135 @@ use burn::tensor::Tensor;
 use burn_flex::FlexTensor;
 
 use super::flex::{ALL_THREADS, Matrix, Store};
-use super::{KernelGradients, Kernels, flex, is_cpu};
+use super::frozen::Frozen;
+use super::linear::{each_group, filled, linear};
+use super::{KernelGradients, Kernels, Quantised, Weight, flex, is_cpu};
 
 /// What the backward pass needs; `x` is shared with whoever else holds it.
 #[derive(Debug, Clone)]
 pub struct Saved<B: Backend> {
     x: FloatTensor<B>,
-    weight: FloatTensor<B>,
+    weight: (FloatTensor<B>, Quantised),
     lora_a: FloatTensor<B>,
     lora_b: FloatTensor<B>,
     /// `x Aᵀ` `[N, R]`
     low: FloatTensor<B>,
     scaling: f32,
+    groups: Arc<[usize]>,
 }
 
 /// `x Wᵀ + scaling · (x Aᵀ) Bᵀ` with gradients for x, A and B.
 ///
 /// # Shapes
 /// x `[N, in]`, weight `[out, in]`, lora_a `[R, in]`, lora_b `[out, R]` → `[N, out]`
+///
+/// # Dtypes
+/// f32, but for the weight, which may be bf16, f16 or quantised.
 pub fn lora_linear(
     x: Tensor<2>,
-    weight: Tensor<2>,
+    weight: impl Into<Weight>,
     lora_a: Tensor<2>,
     lora_b: Tensor<2>,
     scaling: f64,
 ) -> Tensor<2> {
+    let weight = weight.into();
     if is_cpu(&x.device()) {
-        Tensor::from_dispatch(Dispatch::fused_lora_linear(
-            x.into_dispatch(),
-            weight.into_dispatch(),
-            lora_a.into_dispatch(),
-            lora_b.into_dispatch(),
-            scaling as f32,
-        ))
+        let rows = Arc::from([0, x.dims()[0]]);
+        fused(x, weight, (lora_a, lora_b), scaling, rows)
     } else {
         reference(x.clone(), x, weight, (lora_a, lora_b), scaling)
     }
 }
 
-/// [`lora_linear`] from plain tensor operations; the adapter's input may differ from the base's,
+/// [`lora_linear`] of each group of rows with its own part of the rows of weight, A and B.
+pub(super) fn fused(
+    x: Tensor<2>,
+    weight: Weight,
+    (lora_a, lora_b): (Tensor<2>, Tensor<2>),
+    scaling: f64,
+    groups: Arc<[usize]>,
+) -> Tensor<2> {
+    let (weight, quantised) = weight.into_parts(&x.device());
+    Tensor::from_dispatch(Dispatch::fused_lora_linear(
+        x.into_dispatch(),
+        weight.into_dispatch(),
+        quantised,
+        lora_a.into_dispatch(),
+        lora_b.into_dispatch(),
+        scaling as f32,
+        groups,
+    ))
+}
+
+/// [`lora_linear`] with plain tensor operations for the delta, whose input may differ from the base's,
 /// as it does under dropout.
 pub fn reference(
     x: Tensor<2>,
     adapter_x: Tensor<2>,
-    weight: Tensor<2>,
+    weight: impl Into<Weight>,
     (lora_a, lora_b): (Tensor<2>, Tensor<2>),
     scaling: f64,
 ) -> Tensor<2> {
     let low = adapter_x.matmul(lora_a.transpose()); // [N, R]
-    x.matmul(weight.transpose()) + low.matmul(lora_b.transpose()).mul_scalar(scaling)
+    linear(x, weight) + low.matmul(lora_b.transpose()).mul_scalar(scaling)
 }
 
-fn matrix(tensor: &FlexTensor) -> Matrix<'_> {
-    let [rows, cols] = tensor.layout().shape().dims();
-    Matrix::new(flex::elements(tensor), rows, cols)
+/// The factors of a delta for each of E groups: A `[E · R, in]`, B `[E · out, R]`.
+struct Factors<'a> {
+    a: &'a [f32],
+    b: &'a [f32],
+    /// R, in, out
+    sizes: [usize; 3],
+}
+
+impl<'a> Factors<'a> {
+    fn new(a: &'a FlexTensor, b: &'a FlexTensor, groups: &[usize]) -> Self {
+        let input = a.layout().shape().dims::<2>()[1];
+        let [rows, rank] = b.layout().shape().dims();
+        Self {
+            a: flex::elements(a),
+            b: flex::elements(b),
+            sizes: [rank, input, rows / (groups.len() - 1)],
+        }
+    }
+
+    /// A `[R, in]` and B `[out, R]` of a group.
+    fn of(&self, group: usize) -> (Matrix<'a>, Matrix<'a>) {
+        let [rank, input, out] = self.sizes;
+        let (a, b) = (
+            &self.a[group * rank * input..],
+            &self.b[group * out * rank..],
+        );
+        (Matrix::new(a, rank, input), Matrix::new(b, out, rank))
+    }
 }
 
 pub(super) fn forward(
     x: FlexTensor,
-    weight: FlexTensor,
-    lora_a: FlexTensor,
-    lora_b: FlexTensor,
+    (weight, quantised): (FlexTensor, Quantised),
+    [lora_a, lora_b]: [FlexTensor; 2],
     scaling: f32,
+    groups: &[usize],
 ) -> (FlexTensor, FlexTensor) {
     let [x, weight, a, b] = [x, weight, lora_a, lora_b].map(flex::contiguous);
     let n = x.layout().shape().dims::<2>()[0];
-    let [out, rank] = b.layout().shape().dims();
-    let mut low = vec![0f32; n * rank];
-    let mut y = vec![0f32; n * out];
+    let factors = Factors::new(&a, &b, groups);
+    let [rank, input, out] = factors.sizes;
+    let (mut low, mut y) = (vec![0f32; n * rank], vec![0f32; n * out]);
+    let x = flex::elements(&x);
+    let weight = (weight, quantised);
+    let weight = Frozen::of(&weight, input);
+    each_group(weight, groups, (x, input), (&mut y, out), Frozen::forward);
     let all = ALL_THREADS;
-    flex::matmul(
-        &mut low,
-        rank,
-        Store::Set,
-        1.0,
-        (matrix(&x), matrix(&a).t()),
-        all,
-    );
-    flex::matmul(
-        &mut y,
-        out,
-        Store::Set,
-        1.0,
-        (matrix(&x), matrix(&weight).t()),
-        all,
-    );
-    let low_matrix = Matrix::new(&low, n, rank);
-    flex::matmul(
-        &mut y,
-        out,
-        Store::Add,
-        scaling,
-        (low_matrix, matrix(&b).t()),
-        all,
-    );
+    for (group, rows) in filled(groups) {
+        let (a, b) = factors.of(group);
+        let x = Matrix::new(&x[rows.start * input..], rows.len(), input);
+        let low = &mut low[rows.start * rank..rows.end * rank];
+        let y = &mut y[rows.start * out..rows.end * out];
+        flex::matmul(low, rank, Store::Set, 1.0, (x, a.t()), all);
+        let low = Matrix::new(low, rows.len(), rank);
+        flex::matmul(y, out, Store::Add, scaling, (low, b.t()), all);
+    }
     (flex::tensor(y, [n, out]), flex::tensor(low, [n, rank]))
 }
 
@@ -114,44 +151,44 @@ pub(super) fn backward(
     grad: FlexTensor,
     wants_x: bool,
 ) -> (Option<FlexTensor>, FlexTensor, FlexTensor) {
-    let [x, weight, a, b] =
-        [saved.x, saved.weight, saved.lora_a, saved.lora_b].map(flex::contiguous);
-    let (low, grad) = (flex::contiguous(saved.low), flex::contiguous(grad));
-    let [n, input] = x.layout().shape().dims();
-    let [out, rank] = b.layout().shape().dims();
+    let (weight, quantised) = saved.weight;
+    let [x, weight, a, b] = [saved.x, weight, saved.lora_a, saved.lora_b].map(flex::contiguous);
+    let weight = (weight, quantised);
+    let [low, grad] = [saved.low, grad].map(flex::contiguous);
+    let groups = &*saved.groups;
+    let factors = Factors::new(&a, &b, groups);
+    let [rank, input, out] = factors.sizes;
+    let n = x.layout().shape().dims::<2>()[0];
     let (scaling, all) = (saved.scaling, ALL_THREADS);
-    let g = matrix(&grad);
-    let mut g_low = vec![0f32; n * rank]; // s · g B
-    flex::matmul(&mut g_low, rank, Store::Set, scaling, (g, matrix(&b)), all);
-    let g_low = Matrix::new(&g_low, n, rank);
-    let mut da = vec![0f32; rank * input];
-    flex::matmul(
-        &mut da,
-        input,
-        Store::Set,
-        1.0,
-        (g_low.t(), matrix(&x)),
-        all,
-    );
-    let mut db = vec![0f32; out * rank];
-    flex::matmul(
-        &mut db,
-        rank,
-        Store::Set,
-        scaling,
-        (g.t(), matrix(&low)),
-        all,
-    );
-    let dx = wants_x.then(|| {
-        let mut dx = vec![0f32; n * input];
-        flex::matmul(&mut dx, input, Store::Set, 1.0, (g, matrix(&weight)), all);
-        flex::matmul(&mut dx, input, Store::Add, 1.0, (g_low, matrix(&a)), all);
-        flex::tensor(dx, [n, input])
-    });
+    let [x, low, grad] = [&x, &low, &grad].map(flex::elements);
+    let (mut da, mut db) = (vec![0f32; factors.a.len()], vec![0f32; factors.b.len()]);
+    let mut dx = wants_x.then(|| vec![0f32; n * input]);
+    if let Some(dx) = &mut dx {
+        let weight = Frozen::of(&weight, input);
+        each_group(weight, groups, (grad, out), (dx, input), Frozen::backward);
+    }
+    for (group, rows) in filled(groups) {
+        let (a, b) = factors.of(group);
+        let g = Matrix::new(&grad[rows.start * out..], rows.len(), out);
+        let x = Matrix::new(&x[rows.start * input..], rows.len(), input);
+        let low = Matrix::new(&low[rows.start * rank..], rows.len(), rank);
+        let mut g_low = vec![0f32; rows.len() * rank]; // s · g B
+        flex::matmul(&mut g_low, rank, Store::Set, scaling, (g, b), all);
+        let g_low = Matrix::new(&g_low, rows.len(), rank);
+        let da = &mut da[group * rank * input..];
+        flex::matmul(da, input, Store::Set, 1.0, (g_low.t(), x), all);
+        let db = &mut db[group * out * rank..];
+        flex::matmul(db, rank, Store::Set, scaling, (g.t(), low), all);
+        if let Some(dx) = &mut dx {
+            let dx = &mut dx[rows.start * input..rows.end * input];
+            flex::matmul(dx, input, Store::Add, 1.0, (g_low, a), all);
+        }
+    }
+    let rows = a.layout().shape().dims::<2>()[0];
     (
-        dx,
-        flex::tensor(da, [rank, input]),
-        flex::tensor(db, [out, rank]),
+        dx.map(|dx| flex::tensor(dx, [n, input])),
+        flex::tensor(da, [rows, input]),
+        flex::tensor(db, [b.layout().shape().dims::<2>()[0], rank]),
     )
 }
 
@@ -179,10 +216,10 @@ impl<B: KernelGradients> Backward<B, 3> for LoraLinearBackward {
 
 pub(super) fn tracked<B: KernelGradients, C: CheckpointStrategy>(
     x: FloatTensor<Autodiff<B, C>>,
-    weight: FloatTensor<Autodiff<B, C>>,
-    lora_a: FloatTensor<Autodiff<B, C>>,
-    lora_b: FloatTensor<Autodiff<B, C>>,
+    (weight, quantised): (FloatTensor<Autodiff<B, C>>, Quantised),
+    [lora_a, lora_b]: [FloatTensor<Autodiff<B, C>>; 2],
     scaling: f32,
+    groups: Arc<[usize]>,
 ) -> FloatTensor<Autodiff<B, C>> {
     let parents = [x.node(), lora_a.node(), lora_b.node()];
     let (x, weight) = (x.into_primitive(), weight.into_primitive());
@@ -196,22 +233,26 @@ pub(super) fn tracked<B: KernelGradients, C: CheckpointStrategy>(
             let (y, low) = B::lora_linear_forward(
                 x.clone(),
                 weight.clone(),
+                quantised.clone(),
                 lora_a.clone(),
                 lora_b.clone(),
                 scaling,
+                &groups,
             );
             let saved = Saved {
                 x,
-                weight,
+                weight: (weight, quantised),
                 lora_a,
                 lora_b,
                 low,
                 scaling,
+                groups,
             };
             prep.finish(saved, y)
         }
         OpsKind::UnTracked(prep) => {
-            prep.finish(B::fused_lora_linear(x, weight, lora_a, lora_b, scaling))
+            let y = B::fused_lora_linear(x, weight, quantised, lora_a, lora_b, scaling, groups);
+            prep.finish(y)
         }
     }
 }

@@ -4,7 +4,9 @@
 //! A public function such as [`rms_norm()`] takes the fused kernel where the device has one (the CPU)
 //! and the reference everywhere else. Both are tested against each other, forward and gradients.
 //! [`delta_rule()`] and [`causal_conv()`] have no fused kernel: they are plain operations everywhere.
-//! All of them store and compute in f32.
+//! All of them store and compute in f32, but for frozen weights, which may be kept in 16 bits or
+//! quantised: the CPU's kernels read those as they are (see `frozen`), plain operations convert them at
+//! each use.
 
 pub mod activation;
 pub mod attention;
@@ -15,11 +17,16 @@ pub mod cross_entropy;
 pub mod delta_rule;
 pub mod expert_linear;
 mod flex;
+mod frozen;
+#[cfg(target_arch = "x86_64")]
+mod gemm16;
+pub mod linear;
 pub mod lora_linear;
 pub mod rms_norm;
 pub mod rope;
 pub mod segments;
 pub mod swiglu;
+pub mod weight;
 
 use std::sync::Arc;
 
@@ -32,12 +39,15 @@ pub use attention::attention;
 pub use causal_conv::causal_conv;
 pub use cross_entropy::{Head, LogitShape, linear_cross_entropy, shape_logits};
 pub use delta_rule::{DeltaHeads, DeltaInputs, delta_rule};
-pub use expert_linear::expert_linear;
+pub use expert_linear::{expert_linear, expert_lora_linear};
+pub use frozen::has_bf16_products;
+pub use linear::{in_f32, linear};
 pub use lora_linear::lora_linear;
 pub use rms_norm::rms_norm;
 pub use rope::{RopeLayout, rope};
 pub use segments::Segments;
 pub use swiglu::swiglu;
+pub use weight::{QuantWeight, Quantised, Weight};
 
 /// Fused operations, routed to the backend of their tensors. Shapes stand in each kernel's file.
 #[backend_extension(Flex, Autodiff)]
@@ -70,13 +80,25 @@ pub trait Kernels: Backend {
         segments: Segments,
     ) -> FloatTensor<Self>;
 
-    /// See [`lora_linear()`].
+    /// See [`linear()`]; rows `groups[e] .. groups[e + 1]` of x belong to the e-th of E equal parts of
+    /// the weight's rows, which is empty where it is quantised.
+    fn fused_linear(
+        x: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        quantised: Quantised,
+        groups: Arc<[usize]>,
+    ) -> FloatTensor<Self>;
+
+    /// See [`lora_linear()`] and [`expert_lora_linear()`]; groups as in `fused_linear`, of the rows of
+    /// A and B too.
     fn fused_lora_linear(
         x: FloatTensor<Self>,
         weight: FloatTensor<Self>,
+        quantised: Quantised,
         lora_a: FloatTensor<Self>,
         lora_b: FloatTensor<Self>,
         scaling: f32,
+        groups: Arc<[usize]>,
     ) -> FloatTensor<Self>;
 
     /// See [`linear_cross_entropy`]; low and up are empty without a delta, as is a missing bias.
@@ -134,13 +156,23 @@ pub trait KernelGradients: Kernels {
         wants_sinks: bool,
     ) -> ([FloatTensor<Self>; 3], Option<FloatTensor<Self>>);
 
+    /// Gradient of x.
+    fn linear_backward(
+        weight: FloatTensor<Self>,
+        quantised: Quantised,
+        grad: FloatTensor<Self>,
+        groups: &[usize],
+    ) -> FloatTensor<Self>;
+
     /// Output `[N, out]` and `x Aᵀ` `[N, R]`.
     fn lora_linear_forward(
         x: FloatTensor<Self>,
         weight: FloatTensor<Self>,
+        quantised: Quantised,
         lora_a: FloatTensor<Self>,
         lora_b: FloatTensor<Self>,
         scaling: f32,
+        groups: &[usize],
     ) -> (FloatTensor<Self>, FloatTensor<Self>);
 
     /// Gradients of x (when wanted), A and B.

@@ -276,7 +276,7 @@ fn experts(reader: &mut TensorReader, path: &str, moe: MoeConfig) -> Read<Moe> {
     let biased = matches!(moe.gate, ExpertGate::Clamped { .. });
     let path = format!("{path}.mlp");
     let router = format!("{path}.{}", family.router);
-    let gate = reader.plain_linear(&router, [experts, hidden], biased)?;
+    let gate = reader.router(&router, [experts, hidden], biased)?;
     let correction = match moe.rule {
         RouterRule::Sigmoid { .. } => {
             let name = format!("{router}.e_score_correction_bias");

@@ -6,16 +6,17 @@ use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 
 use super::block::Block;
 use super::config::{ModelConfig, RopeScaling};
+use super::storage::Keep;
 use super::tensor_reader::{Outline, TensorReader};
 use super::weights::{self, Weights, WeightsError};
 use super::{build, names};
-use crate::kernels::{self, Head, LogitShape, Segments};
+use crate::kernels::{self, Head, LogitShape, Segments, Weight};
 use crate::nn::{
     Dropout, ExpertLinear, LayerCache, LoraDelta, LoraLinear, Norm, Parameter, Rope, Rows,
     TokenRows, Visitor,
 };
 
-/// A causal language model on one device, in f32.
+/// A causal language model on one device, in f32 but for matrices that [`Keep`] says.
 #[derive(Debug, Clone)]
 pub struct CausalLm {
     config: ModelConfig,
@@ -89,8 +90,22 @@ impl CausalLm {
         config: ModelConfig,
         device: &Device,
     ) -> Result<Self, WeightsError> {
+        Self::load_as(weights, config, device, Keep::default())
+    }
+
+    /// The same with frozen matrices kept as `keep` says.
+    ///
+    /// # Errors
+    /// As [`CausalLm::load`].
+    pub fn load_as(
+        weights: &Weights,
+        config: ModelConfig,
+        device: &Device,
+        keep: Keep,
+    ) -> Result<Self, WeightsError> {
         weights::check(weights, &config)?;
-        Self::read(&mut TensorReader::files(weights, config, device))
+        let mut reader = TensorReader::files(weights, config, device, keep);
+        Self::read(&mut reader)
     }
 
     /// Fresh weights: matrices normal with standard deviation `initializer_range`, norms 1,
@@ -158,9 +173,10 @@ impl CausalLm {
             let low = self.look_up(&delta.lora_b, &ids, tokens.ids); // [N, R]
             embedded = embedded + low.matmul(delta.lora_a.clone()) * delta.scaling;
             if let Some(magnitude) = &delta.magnitude {
-                let norms = delta
-                    .transposed()
-                    .row_norms(&self.embed_tokens.clone().transpose(), &magnitude.squares);
+                let norms = delta.transposed().row_norms(
+                    &self.embed_tokens.clone().transpose().into(),
+                    &magnitude.squares,
+                );
                 embedded = embedded * (magnitude.vector.clone() / norms).unsqueeze();
             }
         }
@@ -172,7 +188,7 @@ impl CausalLm {
 
     /// Rows of a table. As in torch, the padding token's row gets no gradient.
     fn look_up(&self, table: &Tensor<2>, ids: &Tensor<1, Int>, values: &[i32]) -> Tensor<2> {
-        let rows = table.clone().select(0, ids.clone());
+        let rows = kernels::in_f32(table.clone().select(0, ids.clone()));
         let pad = self.config.pad_token_id.map(|id| id as i32);
         if !table.is_require_grad() || !values.iter().any(|&id| Some(id) == pad) {
             return rows;
@@ -265,13 +281,13 @@ impl CausalLm {
 
     fn logits_with(&self, hidden: Tensor<2>, dropout: Option<Dropout>) -> Tensor<2> {
         let head = LoraLinear {
-            weight: self.head(),
+            weight: self.head().into(),
             bias: self.head_bias.clone(),
             lora: self.head_delta.clone(),
         };
         let mut products = head.forward(hidden.clone(), dropout);
         if let Some(rows) = self.head_rows() {
-            let (low, up) = rows.delta(hidden, &head.weight);
+            let (low, up) = rows.delta(hidden, &self.head());
             products = products + low.matmul(up.transpose());
         }
         kernels::shape_logits(products, self.logit_shape())
@@ -400,8 +416,8 @@ impl CausalLm {
 
     /// Every matrix that can carry a delta, with its module's path and the delta: those of the linear
     /// layers, the embedding and the output head.
-    pub fn deltas(&mut self) -> Vec<(String, Tensor<2>, &mut Option<LoraDelta>)> {
-        let head = self.head();
+    pub fn deltas(&mut self) -> Vec<(String, Weight, &mut Option<LoraDelta>)> {
+        let head = self.head().into();
         let blocks = self.blocks.iter_mut().enumerate();
         let linears = blocks.flat_map(|(i, block)| {
             let path = names::block(i);
@@ -411,13 +427,22 @@ impl CausalLm {
                 (format!("{path}.{name}"), weight, &mut linear.lora)
             })
         });
-        let (embedding, table) = (&mut self.embedding_delta, self.embed_tokens.clone());
+        let (embedding, table) = (&mut self.embedding_delta, self.embed_tokens.clone().into());
         linears
             .chain([
                 (names::EMBEDDING.to_string(), table, embedding),
                 (names::HEAD.to_string(), head, &mut self.head_delta),
             ])
             .collect()
+    }
+
+    /// How many numbers are kept quantised, which [`CausalLm::visit`] passes over.
+    pub fn quantised_parameters(&mut self) -> usize {
+        let weights = self.deltas().into_iter().map(|(_, weight, _)| weight);
+        weights
+            .filter(|weight| matches!(weight, Weight::Quantised(_)))
+            .map(|weight| weight.dims().iter().product::<usize>())
+            .sum()
     }
 
     /// The experts' layers, with the names of their parameters in transformers 5.
@@ -432,7 +457,7 @@ impl CausalLm {
             .collect()
     }
 
-    /// Visits every tensor by its Hugging Face name; an adapter's as `MODULE.lora_a` and `.lora_b`.
+    /// Visits every tensor by its Hugging Face name, but for quantised matrices; an adapter's as `MODULE.lora_a` and `.lora_b`.
     pub fn visit(&mut self, visitor: &mut Visitor) {
         visitor(
             &format!("{}.weight", names::EMBEDDING),

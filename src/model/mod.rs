@@ -20,7 +20,9 @@ mod gguf_rope;
 pub mod names;
 pub mod pieces;
 mod shard;
+pub mod storage;
 mod tensor_reader;
 pub mod weights;
 
 pub use causal_lm::{CausalLm, KvCache, Tokens};
+pub use storage::{Keep, Storage};

@@ -47,7 +47,7 @@ impl Piece {
     }
 
     /// Copies the piece's elements to their places in the tensor.
-    pub fn put(&self, piece: &[f32], tensor: &mut [f32]) {
+    pub fn put<T: Copy>(&self, piece: &[T], tensor: &mut [T]) {
         match self.layout {
             Layout::Whole => tensor.copy_from_slice(piece),
             Layout::From(start) => tensor[start..start + piece.len()].copy_from_slice(piece),
@@ -72,7 +72,7 @@ impl Piece {
 }
 
 /// `[…, rows, cols]` becomes `[…, cols, rows]`.
-fn transpose(from: &[f32], to: &mut [f32], [rows, cols]: [usize; 2]) {
+fn transpose<T: Copy>(from: &[T], to: &mut [T], [rows, cols]: [usize; 2]) {
     let matrix = (rows * cols).max(1);
     for (from, to) in from.chunks_exact(matrix).zip(to.chunks_exact_mut(matrix)) {
         for (i, element) in from.iter().enumerate() {

@@ -14,6 +14,7 @@ use rayon::prelude::*;
 use serde::de::{Deserialize, Deserializer, MapAccess, Visitor};
 use serde_json::Value;
 
+use super::storage::Kept;
 use super::weights::{Dtype, WeightsError};
 use crate::quant::gguf::release;
 
@@ -89,13 +90,14 @@ impl Shard {
         &self.map[tensor.range.clone()]
     }
 
-    /// A tensor converted to f32; `None` where its element type is not a supported float.
-    pub(super) fn read_f32(&self, tensor: &Stored) -> Option<Vec<f32>> {
+    /// A tensor in another element type; `None` where its own is not a supported float.
+    pub(super) fn read<T: Kept>(&self, tensor: &Stored) -> Option<Vec<T>> {
         let bytes = self.bytes(tensor);
         let values = match tensor.dtype {
-            Dtype::F32 => convert(bytes, f32::from_le_bytes),
-            Dtype::F16 => convert(bytes, |pair| f16::from_le_bytes(pair).to_f32()),
-            Dtype::BF16 => convert(bytes, |pair| bf16::from_le_bytes(pair).to_f32()),
+            stored if stored == T::DTYPE && cfg!(target_endian = "little") => copy(bytes),
+            Dtype::F32 => convert(bytes, |four| T::from_f32(f32::from_le_bytes(four))),
+            Dtype::F16 => convert(bytes, |two| T::from_f32(f16::from_le_bytes(two).to_f32())),
+            Dtype::BF16 => convert(bytes, |two| T::from_f32(bf16::from_le_bytes(two).to_f32())),
             Dtype::Quantised | Dtype::Other(_) => return None,
         };
         release(&self.map, &tensor.range);
@@ -103,11 +105,21 @@ impl Shard {
     }
 }
 
+/// Elements as they are stored.
+fn copy<T: Kept>(bytes: &[u8]) -> Vec<T> {
+    let mut values = vec![T::zeroed(); bytes.len() / size_of::<T>()];
+    bytemuck::cast_slice_mut::<T, u8>(&mut values)
+        .par_chunks_mut(CHUNK)
+        .zip(bytes.par_chunks(CHUNK))
+        .for_each(|(to, from)| to.copy_from_slice(from));
+    values
+}
+
 /// Converts packed little-endian elements, in parallel. Bytes are read one element at a time, as
 /// a mapped tensor need not be aligned.
-fn convert<const N: usize>(bytes: &[u8], element: fn([u8; N]) -> f32) -> Vec<f32> {
+fn convert<const N: usize, T: Kept>(bytes: &[u8], element: fn([u8; N]) -> T) -> Vec<T> {
     let (elements, _) = bytes.as_chunks::<N>();
-    let mut values = vec![0f32; elements.len()];
+    let mut values = vec![T::zeroed(); elements.len()];
     values
         .par_chunks_mut(CHUNK)
         .zip(elements.par_chunks(CHUNK))

@@ -1,17 +1,26 @@
 //! Layers from a model's files or from random numbers, one tensor at a time.
 
-use burn::tensor::{Device, Tensor, TensorData};
+use std::sync::Arc;
+
+use burn::tensor::{DType, Device, Tensor, TensorData};
+use half::{bf16, f16};
 
 use super::config::ModelConfig;
 use super::names::Linear;
-use super::pieces::{Layout, pieces};
-use super::weights::{Weights, WeightsError};
+use super::pieces::{Layout, Piece, pieces};
+use super::storage::{Keep, Kept, Storage};
+use super::weights::{Dtype, Weights, WeightsError};
+use crate::kernels::{QuantWeight, Weight};
 use crate::nn::{LoraLinear, Norm, NormKind};
+use crate::quant::QuantMatrix;
 use crate::random::Stream;
 
 /// Where the first value of a tensor comes from.
 enum Source<'a> {
-    Files(&'a Weights),
+    Files {
+        weights: &'a Weights,
+        keep: Keep<'a>,
+    },
     Random(Stream),
     /// Nothing is read, tensors are empty: for what a configuration calls for.
     Nowhere,
@@ -26,7 +35,7 @@ pub(super) struct Outline {
     pub(super) linears: Vec<Linear>,
 }
 
-/// Builds layers on a device, converting one tensor at a time to f32.
+/// Builds layers on a device, reading one tensor at a time.
 pub(super) struct TensorReader<'a> {
     source: Source<'a>,
     config: ModelConfig,
@@ -37,8 +46,13 @@ pub(super) struct TensorReader<'a> {
 
 impl<'a> TensorReader<'a> {
     /// Values from files that were checked against `config`.
-    pub(super) fn files(weights: &'a Weights, config: ModelConfig, device: &Device) -> Self {
-        Self::new(Source::Files(weights), config, device)
+    pub(super) fn files(
+        weights: &'a Weights,
+        config: ModelConfig,
+        device: &Device,
+        keep: Keep<'a>,
+    ) -> Self {
+        Self::new(Source::Files { weights, keep }, config, device)
     }
 
     /// Fresh values.
@@ -88,13 +102,21 @@ impl<'a> TensorReader<'a> {
     /// What is drawn normal where there are no files.
     fn weight<const D: usize>(&mut self, name: &str, shape: [usize; D]) -> Read<Tensor<D>> {
         self.matrices += 1;
-        let Source::Random(stream) = &self.source else {
-            return self.tensor(name, shape, 0.0);
+        let stream = match &self.source {
+            Source::Random(stream) => stream,
+            Source::Nowhere => return self.tensor(name, shape, 0.0),
+            Source::Files { weights, keep } => {
+                let storage = match (keep.in_f32)(name) {
+                    true => Storage::F32,
+                    false => keep.storage,
+                };
+                let tensor = matrix(weights, storage, &self.config, name, shape, &self.device)?;
+                self.note(name, &shape);
+                return Ok(tensor);
+            }
         };
-        self.outline
-            .tensors
-            .push((name.to_string(), shape.to_vec()));
         let (stream, std) = (stream.split(self.matrices), self.config.initializer_range);
+        self.note(name, &shape);
         let n: usize = shape.iter().product();
         let values: Vec<f32> = (0..n as u64)
             .map(|i| (stream.normal(i) * std) as f32)
@@ -159,22 +181,61 @@ impl<'a> TensorReader<'a> {
             in_features: input,
             bias,
         });
-        self.plain_linear(path, [out, input], bias)
+        let weight = self.linear_weight(&format!("{path}.weight"), [out, input])?;
+        self.with_bias(path, weight, bias.then_some(out))
     }
 
-    /// A linear layer that cannot.
-    pub(super) fn plain_linear(
-        &mut self,
-        path: &str,
-        [out, input]: [usize; 2],
-        bias: bool,
-    ) -> Read<LoraLinear> {
-        let weight = self.matrix(&format!("{path}.weight"), [out, input])?;
-        let bias = match bias {
-            true => Some(self.vector(&format!("{path}.bias"), out, 0.0)?),
-            false => None,
+    /// Quantised where linear layers are: in f32 in between, for this layer alone.
+    fn linear_weight(&mut self, name: &str, shape: [usize; 2]) -> Read<Weight> {
+        let (weights, storage, scheme) = match &self.source {
+            Source::Files {
+                weights,
+                keep:
+                    Keep {
+                        storage,
+                        linears: Some(scheme),
+                        in_f32,
+                    },
+            } if !in_f32(name) => (*weights, *storage, *scheme),
+            _ => return Ok(self.matrix(name, shape)?.into()),
         };
+        let pieces = pieces(&self.config, name, &shape);
+        let stored = pieces.iter().map(|piece| weights.dtype(&piece.name));
+        let in_bf16 = storage.of(stored) == Dtype::BF16;
+        let values = gather::<f32>(weights, &pieces, &shape)?;
+        self.note(name, &shape);
+        let matrix = QuantMatrix::quantise(&values, shape, scheme);
+        let matrix = matrix.map_err(|source| WeightsError::NotFinite {
+            path: weights.path().to_path_buf(),
+            name: name.to_string(),
+            source,
+        })?;
+        Ok(Weight::Quantised(Arc::new(QuantWeight { matrix, in_bf16 })))
+    }
+
+    /// The linear layer of a router: no adapter of linear layers counts it, and it is kept in f32, as
+    /// little changes which experts it chooses.
+    pub(super) fn router(&mut self, path: &str, shape: [usize; 2], bias: bool) -> Read<LoraLinear> {
+        let name = format!("{path}.weight");
+        let weight = match &self.source {
+            Source::Random(_) => self.matrix(&name, shape)?,
+            _ => self.tensor(&name, shape, 0.0)?,
+        };
+        self.with_bias(path, weight.into(), bias.then_some(shape[0]))
+    }
+
+    /// `bias` outputs have one.
+    fn with_bias(&mut self, path: &str, weight: Weight, bias: Option<usize>) -> Read<LoraLinear> {
+        let bias = bias
+            .map(|out| self.vector(&format!("{path}.bias"), out, 0.0))
+            .transpose()?;
         Ok(LoraLinear::new(weight, bias))
+    }
+
+    fn note(&mut self, name: &str, shape: &[usize]) {
+        self.outline
+            .tensors
+            .push((name.to_string(), shape.to_vec()));
     }
 
     /// A tensor from the files, `fresh` everywhere where there are none.
@@ -184,16 +245,17 @@ impl<'a> TensorReader<'a> {
         shape: [usize; D],
         fresh: f32,
     ) -> Read<Tensor<D>> {
-        self.outline
-            .tensors
-            .push((name.to_string(), shape.to_vec()));
+        self.note(name, &shape);
         let data = match &self.source {
             Source::Nowhere => TensorData::new(Vec::<f32>::new(), [0; D]),
             Source::Random(_) => {
                 let n = shape.iter().product();
                 TensorData::new(vec![fresh; n], shape)
             }
-            Source::Files(weights) => gather(weights, &self.config, name, &shape)?,
+            Source::Files { weights, .. } => {
+                let values = gather(weights, &pieces(&self.config, name, &shape), &shape)?;
+                TensorData::new::<f32, _>(values, shape)
+            }
         };
         Ok(Tensor::from_data(data, &self.device))
     }
@@ -201,23 +263,44 @@ impl<'a> TensorReader<'a> {
 
 type Read<T> = Result<T, WeightsError>;
 
-/// A tensor of the model put together from the tensors of its files.
-fn gather(
+/// A matrix of the files in the type in which it is kept.
+fn matrix<const D: usize>(
     weights: &Weights,
+    storage: Storage,
     config: &ModelConfig,
     name: &str,
-    shape: &[usize],
-) -> Read<TensorData> {
-    let pieces = pieces(config, name, shape);
-    let values = match pieces.as_slice() {
-        [one] if one.layout == Layout::Whole => weights.read_f32(&one.name)?,
+    shape: [usize; D],
+    device: &Device,
+) -> Read<Tensor<D>> {
+    let pieces = pieces(config, name, &shape);
+    let stored = pieces.iter().map(|piece| weights.dtype(&piece.name));
+    let (data, dtype) = match storage.of(stored) {
+        Dtype::F16 => {
+            let values = gather::<f16>(weights, &pieces, &shape)?;
+            (TensorData::new(values, shape), DType::F16)
+        }
+        Dtype::BF16 => {
+            let values = gather::<bf16>(weights, &pieces, &shape)?;
+            (TensorData::new(values, shape), DType::BF16)
+        }
         _ => {
-            let mut values = vec![0f32; shape.iter().product()];
-            for piece in &pieces {
-                piece.put(&weights.read_f32(&piece.name)?, &mut values);
-            }
-            values
+            let values = gather::<f32>(weights, &pieces, &shape)?;
+            (TensorData::new(values, shape), DType::F32)
         }
     };
-    Ok(TensorData::new(values, shape.to_vec()))
+    Ok(Tensor::from_data(data, (device, dtype)))
+}
+
+/// The values of a tensor put together from the tensors of its files.
+fn gather<T: Kept>(weights: &Weights, pieces: &[Piece], shape: &[usize]) -> Read<Vec<T>> {
+    if let [one] = pieces
+        && one.layout == Layout::Whole
+    {
+        return weights.read::<T>(&one.name);
+    }
+    let mut values = vec![T::zeroed(); shape.iter().product()];
+    for piece in pieces {
+        piece.put(&weights.read::<T>(&piece.name)?, &mut values);
+    }
+    Ok(values)
 }

@@ -1,5 +1,5 @@
-//! A base model's tensors: memory-mapped safetensors (one file or shards) or GGUF, converted to
-//! f32 one at a time. Pickle is never read.
+//! A base model's tensors: memory-mapped safetensors (one file or shards) or GGUF, converted one at a
+//! time. Pickle is never read.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -8,7 +8,9 @@ use std::path::{Component, Path, PathBuf};
 use super::config::{ConfigError, ModelConfig};
 use super::pieces::pieces;
 use super::shard::Shard;
+use super::storage::Kept;
 use super::{causal_lm, gguf, names};
+use crate::quant::NotFinite;
 use crate::quant::blocks::BlockKind;
 use crate::quant::gguf::{GgufError, GgufFile};
 
@@ -103,6 +105,16 @@ pub enum WeightsError {
         name: String,
         /// How it is stored.
         dtype: Dtype,
+    },
+    /// A matrix cannot be quantised.
+    #[error("{}: tensor `{name}` cannot be quantised: {source}", path.display())]
+    NotFinite {
+        /// Model directory or file.
+        path: PathBuf,
+        /// Name in transformers 5's modules.
+        name: String,
+        /// What is wrong with it.
+        source: NotFinite,
     },
     /// The tensors are not those that the configuration calls for.
     #[error("{}: the weights do not fit the configuration:{}", path.display(), listed(faults))]
@@ -330,12 +342,17 @@ impl Weights {
     /// # Errors
     /// When there is no such tensor, or its element type is not supported.
     pub fn read_f32(&self, name: &str) -> Result<Vec<f32>, WeightsError> {
+        self.read(name)
+    }
+
+    /// The same in the type in which it is kept.
+    pub(super) fn read<T: Kept>(&self, name: &str) -> Result<Vec<T>, WeightsError> {
         let tensor = self.tensor(name)?;
         match &self.source {
             Source::Safetensors(shards) => {
                 let shard = &shards[tensor.shard];
                 let stored = &shard.tensors()[&tensor.stored_name];
-                shard.read_f32(stored).ok_or_else(|| WeightsError::Dtype {
+                shard.read(stored).ok_or_else(|| WeightsError::Dtype {
                     path: shard.path().to_path_buf(),
                     name: name.to_string(),
                     dtype: tensor.dtype,
@@ -344,7 +361,8 @@ impl Weights {
             Source::Gguf { file, config } => {
                 let (part, parts) = tensor.part;
                 let values = file.read_part(&tensor.stored_name, part, parts)?;
-                Ok(gguf::to_hf_values(name, values, config))
+                let values = gguf::to_hf_values(name, values, config);
+                Ok(values.into_iter().map(T::from_f32).collect())
             }
         }
     }

@@ -10,7 +10,7 @@ use crate::kernels;
 /// One linear layer for each expert.
 #[derive(Debug, Clone)]
 pub struct ExpertLinear {
-    /// W, `[E, out, in]`
+    /// W, `[E, out, in]`; 16 bits wide where the base is kept so.
     pub weight: Tensor<3>,
     /// b, `[E, out]`
     pub bias: Option<Tensor<2>>,
@@ -51,16 +51,22 @@ impl ExpertLinear {
         experts: &Tensor<1, Int>,
         dropout: Option<Dropout>,
     ) -> Tensor<2> {
-        let mut y = kernels::expert_linear(x.clone(), self.weight.clone(), Arc::clone(offsets));
-        if let Some(lora) = &self.lora {
-            let x = match dropout {
-                Some(dropout) if lora.dropout > 0.0 => dropout.apply(x, lora.dropout, lora.module),
-                _ => x,
-            };
-            let (a, b) = lora.factors(self.experts());
-            let low = kernels::expert_linear(x, a, Arc::clone(offsets)); // [N, R]
-            y = y + kernels::expert_linear(low, b, Arc::clone(offsets)) * lora.scaling;
-        }
+        let (weight, offsets) = (self.weight.clone(), Arc::clone(offsets));
+        let y = match (&self.lora, dropout) {
+            (None, _) => kernels::expert_linear(x, weight, offsets),
+            (Some(lora), Some(dropout)) if lora.dropout > 0.0 => {
+                let dropped = dropout.apply(x.clone(), lora.dropout, lora.module);
+                let factors = lora.factors(self.experts());
+                let scaling = lora.scaling;
+                kernels::expert_linear::lora_reference(
+                    x, dropped, weight, factors, scaling, offsets,
+                )
+            }
+            (Some(lora), _) => {
+                let factors = lora.factors(self.experts());
+                kernels::expert_lora_linear(x, weight, factors, lora.scaling, offsets)
+            }
+        };
         match &self.bias {
             Some(bias) => y + bias.clone().select(0, experts.clone()),
             None => y,

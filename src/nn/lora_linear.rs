@@ -1,16 +1,16 @@
 //! A linear layer that may carry a low-rank delta.
 
-use burn::tensor::Tensor;
+use burn::tensor::{Device, Tensor};
 
 use super::parameter::untracked;
 use super::{Dropout, Parameter, Visitor};
-use crate::kernels;
+use crate::kernels::{self, Weight};
 
 /// `y = x Wᵀ + b + s (x Aᵀ) Bᵀ`
 #[derive(Debug, Clone)]
 pub struct LoraLinear {
-    /// W, `[out, in]`
-    pub weight: Tensor<2>,
+    /// W, `[out, in]`; 16 bits wide or quantised where the base is kept so.
+    pub weight: Weight,
     /// b, `[out]`
     pub bias: Option<Tensor<1>>,
     /// The delta, if this layer carries one.
@@ -117,10 +117,14 @@ impl LoraDelta {
     ///
     /// # Shapes
     /// W `[out, in]`, squares `[out]` → `[out]`
-    pub fn row_norms(&self, weight: &Tensor<2>, squares: &Tensor<1>) -> Tensor<1> {
-        let [weight, a, b] = [weight, &self.lora_a, &self.lora_b].map(|x| untracked(x.clone()));
+    pub fn row_norms(&self, weight: &Weight, squares: &Tensor<1>) -> Tensor<1> {
+        let [a, b] = [&self.lora_a, &self.lora_b].map(|x| untracked(x.clone()));
+        let weight = match weight.clone() {
+            Weight::Dense(weight) => untracked(weight).into(),
+            quantised => quantised,
+        };
         let out = b.dims()[0];
-        let cross = weight.matmul(a.clone().transpose()) * b.clone(); // [out, R]
+        let cross = kernels::linear(a.clone(), weight).transpose() * b.clone(); // [out, R]
         let gram = a.clone().matmul(a.transpose()); // [R, R]
         let own = b.clone().matmul(gram) * b; // [out, R]
         let added = cross * (2.0 * self.scaling) + own * self.scaling.powi(2);
@@ -134,17 +138,17 @@ impl LoraDelta {
 ///
 /// # Shapes
 /// `[out, in]` → `[out]`
-pub fn row_squares(weight: &Tensor<2>) -> Tensor<1> {
-    let weight = untracked(weight.clone());
+pub fn row_squares(weight: &Weight, device: &Device) -> Tensor<1> {
+    let weight = untracked(weight.in_f32(device));
     let out = weight.dims()[0];
     weight.square().sum_dim(1).reshape([out])
 }
 
 impl LoraLinear {
     /// Without a delta.
-    pub fn new(weight: Tensor<2>, bias: Option<Tensor<1>>) -> Self {
+    pub fn new(weight: impl Into<Weight>, bias: Option<Tensor<1>>) -> Self {
         Self {
-            weight,
+            weight: weight.into(),
             bias,
             lora: None,
         }
@@ -156,7 +160,7 @@ impl LoraLinear {
     /// `[N, in]` → `[N, out]`
     pub fn forward(&self, x: Tensor<2>, dropout: Option<Dropout>) -> Tensor<2> {
         let y = match &self.lora {
-            None => x.matmul(self.weight.clone().transpose()),
+            None => kernels::linear(x, self.weight.clone()),
             Some(lora) => {
                 let dropped = lora.dropped(&x, dropout);
                 match &lora.magnitude {
@@ -196,19 +200,17 @@ impl LoraLinear {
         match dropped {
             None => self.lora(x, None, lora) * gain,
             Some(dropped) => {
-                let weight = self.weight.clone().transpose();
-                let plain = (x - dropped.clone()).matmul(weight);
+                let plain = kernels::linear(x - dropped.clone(), self.weight.clone());
                 plain + self.lora(dropped, None, lora) * gain
             }
         }
     }
 
-    /// Visits weight, bias and delta under `path`.
+    /// Visits weight, bias and delta under `path`; a quantised weight is no tensor and passed over.
     pub fn visit(&mut self, path: &str, visitor: &mut Visitor) {
-        visitor(
-            &format!("{path}.weight"),
-            Parameter::Matrix(&mut self.weight),
-        );
+        if let Weight::Dense(weight) = &mut self.weight {
+            visitor(&format!("{path}.weight"), Parameter::Matrix(weight));
+        }
         if let Some(bias) = &mut self.bias {
             visitor(&format!("{path}.bias"), Parameter::Vector(bias));
         }

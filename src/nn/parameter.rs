@@ -2,6 +2,8 @@
 
 use burn::tensor::{Gradients, Tensor};
 
+use crate::kernels::in_f32;
+
 /// A tensor of the model.
 pub enum Parameter<'a> {
     /// A bias or a norm's weight.
@@ -34,7 +36,7 @@ impl Parameter<'_> {
         }
     }
 
-    /// The values without gradient tracking, in one dimension.
+    /// The values in f32 without gradient tracking, in one dimension.
     pub fn flat(&self) -> Tensor<1> {
         match self {
             Self::Vector(x) => flat(x),
@@ -53,7 +55,7 @@ impl Parameter<'_> {
         }
     }
 
-    /// Makes it train or not.
+    /// Makes it train, in f32, or not.
     pub fn set_trainable(&mut self, trainable: bool) {
         match self {
             Self::Vector(x) => set_trainable(x, trainable),
@@ -78,7 +80,7 @@ fn one_dimension<const D: usize>(x: Tensor<D>) -> Tensor<1> {
 }
 
 fn flat<const D: usize>(x: &Tensor<D>) -> Tensor<1> {
-    one_dimension(untracked(x.clone()))
+    one_dimension(in_f32(untracked(x.clone())))
 }
 
 fn replace<const D: usize>(x: &mut Tensor<D>, values: Tensor<1>, trainable: bool) {
@@ -86,7 +88,12 @@ fn replace<const D: usize>(x: &mut Tensor<D>, values: Tensor<1>, trainable: bool
 }
 
 fn set_trainable<const D: usize>(x: &mut Tensor<D>, trainable: bool) {
-    *x = leaf(untracked(x.clone()), trainable);
+    let values = untracked(x.clone());
+    *x = match trainable {
+        // Steps are smaller than what 16 bits can tell apart.
+        true => leaf(in_f32(values), true),
+        false => values,
+    };
 }
 
 fn take_gradient<const D: usize>(x: &Tensor<D>, gradients: &mut Gradients) -> Option<Tensor<1>> {

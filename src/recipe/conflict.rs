@@ -100,6 +100,17 @@ pub(super) fn check(given: &mut Given) {
             exclude(given, "adapter.method", key, because);
         }
     }
+    if full && matches!(text(given, "train.precision"), Some("bf16" | "f16")) {
+        let message =
+            "with `adapter.method: full` all weights train, for which 16 bits are too coarse";
+        report(
+            given,
+            "train.precision",
+            message,
+            "leave it out, or set it to f32",
+        );
+    }
+    quantization(given, full);
     if text(given, "adapter.method") == Some("vera") {
         let because = "VeRA has two vectors for each layer and no scaling";
         for key in LORA_ALONE {
@@ -119,6 +130,25 @@ pub(super) fn check(given: &mut Given) {
     early_stopping(given);
     layers_and_expression(given);
     warmup(given);
+}
+
+/// What changes the base cannot have it in fewer bits.
+fn quantization(given: &mut Given, full: bool) {
+    if matches!(text(given, "base.quantization"), None | Some("none")) {
+        return;
+    }
+    let message = if full {
+        "with `adapter.method: full` all weights train, which quantised ones cannot"
+    } else if matches!(
+        text(given, "adapter.init_lora_weights"),
+        Some(init) if init.starts_with("pissa") || init == "olora"
+    ) {
+        "PiSSA and OLoRA take a part out of the base first, which is then kept in 32 bits"
+    } else {
+        return;
+    };
+    let remedy = "leave it out, or set it to none";
+    report(given, "base.quantization", message, remedy);
 }
 
 fn missing(given: &mut Given) {

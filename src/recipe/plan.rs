@@ -5,6 +5,8 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use crate::quant::Scheme;
+
 /// Everything a run needs, with every default written out.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Plan {
@@ -31,6 +33,35 @@ pub struct BasePlan {
     pub revision: String,
     /// Where the first weights come from.
     pub init: BaseInit,
+    /// How its linear layers are quantised.
+    pub quantization: Quantization,
+}
+
+/// How the linear layers of the base model are quantised as it is loaded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Quantization {
+    /// Not at all.
+    #[default]
+    None,
+    /// 4 bits (QLoRA, arXiv 2305.14314).
+    Nf4,
+    /// 4 bits, with scales in 8 bits.
+    Nf4Double,
+    /// 8 bits, a scale for each row.
+    Int8,
+}
+
+impl Quantization {
+    /// The scheme, if there is one.
+    pub fn scheme(self) -> Option<Scheme> {
+        match self {
+            Self::None => None,
+            Self::Nf4 => Some(Scheme::Nf4),
+            Self::Nf4Double => Some(Scheme::Nf4Double),
+            Self::Int8 => Some(Scheme::Int8),
+        }
+    }
 }
 
 /// Where the base model's weights come from.
@@ -400,6 +431,8 @@ pub struct TrainPlan {
     pub max_grad_norm: f64,
     /// Decoupled weight decay; biases and norms are spared.
     pub weight_decay: f64,
+    /// Type of the frozen matrices.
+    pub precision: Precision,
     /// AdamW beta 1.
     pub adam_beta1: f64,
     /// AdamW beta 2.
@@ -428,6 +461,21 @@ pub enum Optimizer {
     Adamw,
     /// AdamW on B alone, with its gradient projected (LoRA-FA, arXiv 2308.03303).
     LoraFa,
+}
+
+/// Type in which the frozen matrices of the base are kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Precision {
+    /// That of the base's files on the processor, f32 on a GPU and where all weights train.
+    #[default]
+    Auto,
+    /// 32 bits.
+    F32,
+    /// bfloat16.
+    Bf16,
+    /// IEEE half precision.
+    F16,
 }
 
 /// Learning-rate schedule after warm-up.

@@ -340,7 +340,7 @@ impl Trainer<'_> {
     }
 
     fn start(&mut self) -> Result<(), TrainError> {
-        let (mut trainable, mut all) = (0, 0);
+        let (mut trainable, mut all) = (0, self.model.quantised_parameters());
         self.model.visit(&mut |_, parameter| {
             let n: usize = parameter.shape().iter().product();
             all += n;

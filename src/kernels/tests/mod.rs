@@ -5,8 +5,11 @@ use std::sync::Arc;
 use burn::tensor::{Device, Distribution, Tensor};
 
 use super::*;
+use crate::quant::QuantMatrix;
 
 pub(in crate::kernels) mod attention;
+mod frozen;
+mod quantised;
 mod rope;
 
 /// f32 on products of up to 200 terms; the references round in another order.

@@ -39,6 +39,18 @@ pub(super) const KNOBS: &[Knob] = &[
         "pretrained",
         "Where the first weights come from.",
     ),
+    Knob::new(
+        "base.quantization",
+        Kind::Choice(&[
+            ("none", "as `train.precision` says"),
+            ("nf4", "4.5 bits a value (QLoRA, arXiv 2305.14314)"),
+            ("nf4-double", "4.13 bits a value: NF4 whose scales are quantised too"),
+            ("int8", "8 bits a value, a scale for each row (LLM.int8's storage, arXiv 2208.07339)"),
+        ]),
+        "none",
+        "How the matrices of linear layers are kept, all but those of experts, routers and the output head. They are quantised as they are loaded, one at a time, and multiplied in the type of `train.precision`. On a GPU they stay in host memory and are sent at each use, which saves nothing there yet.",
+    )
+    .elsewhere(&["load_in_4bit", "load_in_8bit", "quantization_bit", "bnb_4bit_quant_type", "quantize"]),
     // ---- data
     Knob::new(
         "data.train",

@@ -114,6 +114,21 @@ pub(super) const KNOBS: &[Knob] = &[
         "Decoupled weight decay; biases and norms are spared.",
     ),
     Knob::new(
+        "train.precision",
+        Kind::Choice(&[
+            ("auto", "f32 where all weights train and on a GPU, else the base's own type"),
+            ("f32", "32 bits; multiplied in f32"),
+            (
+                "bf16",
+                "16 bits; multiplied in bf16 where the processor can (AVX512-BF16), in f32 elsewhere",
+            ),
+            ("f16", "16 bits; multiplied in f32"),
+        ]),
+        "auto",
+        "Type in which the frozen matrices of the base are kept. Sums, norms, routers and all that trains are f32 in any case, so bf16 and f16 cannot be combined with `adapter.method: full`.",
+    )
+    .elsewhere(&["bf16", "fp16", "dtype", "torch_dtype"]),
+    Knob::new(
         "train.adam_beta1",
         Kind::Real(ZERO, BELOW_ONE),
         "0.9",

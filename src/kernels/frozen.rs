@@ -1,0 +1,266 @@
+//! A frozen matrix as it is stored, and the two products that training needs of it: `x Wᵀ` forward
+//! and `g W` backward, both f32 in and out.
+//!
+//! # Dtypes
+//! f32 is multiplied in f32. bf16 is multiplied in bf16 with f32 sums where the processor can
+//! (`gemm16` states the error). Otherwise, and for f16, blocks of rows that fit the cache are
+//! converted to f32, exactly, and multiplied in f32: the numbers of f32 storage, in half its memory.
+//! Quantised matrices take the same way; where they may be multiplied in bf16 and the processor can,
+//! their blocks are rounded to bf16 first.
+
+use burn::tensor::DType;
+use burn_flex::FlexTensor;
+use half::{bf16, f16};
+use rayon::prelude::*;
+
+use super::flex::{self, ALL_THREADS, Matrix, Store};
+#[cfg(target_arch = "x86_64")]
+use super::gemm16;
+use super::{QuantWeight, Quantised};
+
+/// A matrix `[rows, cols]`, row by row.
+#[derive(Clone, Copy)]
+pub(super) struct Frozen<'a> {
+    elements: Elements<'a>,
+    rows: usize,
+    cols: usize,
+}
+
+#[derive(Clone, Copy)]
+enum Elements<'a> {
+    F32(&'a [f32]),
+    F16(&'a [f16]),
+    Bf16(&'a [bf16]),
+    /// The rows from this one on.
+    Quantised(&'a QuantWeight, usize),
+}
+
+/// Elements converted at once: 1 MiB of f32.
+const BLOCK: usize = 1 << 18;
+/// Elements that one task converts.
+const EACH: usize = 1 << 14;
+/// Fewest rows converted at once, however wide: each block reads x, or reads and writes the gradient
+/// of x, once more. At 8192 columns, 32 rows took a quarter longer than 128.
+const FEWEST_ROWS: usize = 128;
+
+/// Whether products with a bf16 matrix are computed in bf16 here.
+pub fn has_bf16_products() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    return gemm16::is_available();
+    #[cfg(not(target_arch = "x86_64"))]
+    return false;
+}
+
+impl<'a> Frozen<'a> {
+    /// A contiguous tensor as a matrix of `cols` columns, whatever its shape.
+    pub(super) fn new(tensor: &'a FlexTensor, cols: usize) -> Self {
+        let elements = match tensor.dtype() {
+            DType::BF16 => Elements::Bf16(flex::stored(tensor)),
+            DType::F16 => Elements::F16(flex::stored(tensor)),
+            _ => Elements::F32(flex::stored(tensor)),
+        };
+        Self {
+            elements,
+            rows: tensor.layout().num_elements() / cols.max(1),
+            cols,
+        }
+    }
+
+    /// A quantised matrix.
+    pub(super) fn quantised(weight: &'a QuantWeight) -> Self {
+        let [rows, cols] = weight.matrix.shape();
+        Self {
+            elements: Elements::Quantised(weight, 0),
+            rows,
+            cols,
+        }
+    }
+
+    /// As fused operations take it.
+    pub(super) fn of((tensor, quantised): &'a (FlexTensor, Quantised), cols: usize) -> Self {
+        match quantised {
+            Some(weight) => Self::quantised(weight),
+            None => Self::new(tensor, cols),
+        }
+    }
+
+    /// R
+    pub(super) fn rows(self) -> usize {
+        self.rows
+    }
+
+    /// Some of the rows.
+    pub(super) fn part(self, first: usize, rows: usize) -> Self {
+        let range = first * self.cols..(first + rows) * self.cols;
+        let elements = match self.elements {
+            Elements::F32(x) => Elements::F32(&x[range]),
+            Elements::F16(x) => Elements::F16(&x[range]),
+            Elements::Bf16(x) => Elements::Bf16(&x[range]),
+            Elements::Quantised(weight, row) => Elements::Quantised(weight, row + first),
+        };
+        Self {
+            elements,
+            rows,
+            ..self
+        }
+    }
+
+    /// `dst = x Wᵀ`
+    ///
+    /// # Shapes
+    /// x `[m, cols]` → `[m, rows]`
+    pub(super) fn forward(self, dst: &mut [f32], x: &[f32]) {
+        if self.rows == 0 || self.cols == 0 {
+            return dst.fill(0.0);
+        }
+        let m = dst.len() / self.rows;
+        let x_matrix = Matrix::new(x, m, self.cols);
+        match self.elements {
+            Elements::F32(w) => {
+                let w = Matrix::new(w, self.rows, self.cols);
+                flex::matmul(
+                    dst,
+                    self.rows,
+                    Store::Set,
+                    1.0,
+                    (x_matrix, w.t()),
+                    ALL_THREADS,
+                );
+            }
+            #[cfg(target_arch = "x86_64")]
+            Elements::Bf16(w) if has_bf16_products() => {
+                let shape = ([self.rows, self.cols], m);
+                gemm16::multiply(dst, x, w, shape, gemm16::Side::Transposed);
+            }
+            #[cfg(target_arch = "x86_64")]
+            Elements::Quantised(weight, _) if weight.in_bf16 && has_bf16_products() => {
+                self.blocks_in_bf16(|first, w, shape| {
+                    let (strides, side) = ([self.cols, self.rows], gemm16::Side::Transposed);
+                    let both = (&mut dst[first..], x);
+                    gemm16::multiply_part(both, strides, Store::Set, w, (shape, m), side);
+                });
+            }
+            _ => self.blocks(|first, w| {
+                let dst = &mut dst[first..];
+                flex::matmul(
+                    dst,
+                    self.rows,
+                    Store::Set,
+                    1.0,
+                    (x_matrix, w.t()),
+                    ALL_THREADS,
+                );
+            }),
+        }
+    }
+
+    /// `dst = g W`
+    ///
+    /// # Shapes
+    /// g `[m, rows]` → `[m, cols]`
+    pub(super) fn backward(self, dst: &mut [f32], g: &[f32]) {
+        if self.rows == 0 || self.cols == 0 {
+            return dst.fill(0.0);
+        }
+        let m = g.len() / self.rows;
+        match self.elements {
+            Elements::F32(w) => {
+                let factors = (
+                    Matrix::new(g, m, self.rows),
+                    Matrix::new(w, self.rows, self.cols),
+                );
+                flex::matmul(dst, self.cols, Store::Set, 1.0, factors, ALL_THREADS);
+            }
+            #[cfg(target_arch = "x86_64")]
+            Elements::Bf16(w) if has_bf16_products() => {
+                let shape = ([self.rows, self.cols], m);
+                gemm16::multiply(dst, g, w, shape, gemm16::Side::Plain);
+            }
+            _ if m == 0 => {}
+            #[cfg(target_arch = "x86_64")]
+            Elements::Quantised(weight, _) if weight.in_bf16 && has_bf16_products() => {
+                self.blocks_in_bf16(|first, w, shape| {
+                    let store = if first == 0 { Store::Set } else { Store::Add };
+                    let (strides, side) = ([self.rows, self.cols], gemm16::Side::Plain);
+                    let both = (&mut *dst, &g[first..]);
+                    gemm16::multiply_part(both, strides, store, w, (shape, m), side);
+                });
+            }
+            _ => self.blocks(|first, w| {
+                let store = if first == 0 { Store::Set } else { Store::Add };
+                let g = Matrix::strided(&g[first..], m, w.rows(), self.rows);
+                flex::matmul(dst, self.cols, store, 1.0, (g, w), ALL_THREADS);
+            }),
+        }
+    }
+
+    /// Calls `each` with the first row of each block of rows and its values in f32.
+    fn blocks(self, mut each: impl FnMut(usize, Matrix)) {
+        let height = (BLOCK / self.cols).max(FEWEST_ROWS).min(self.rows);
+        let mut values = vec![0f32; height * self.cols];
+        for first in (0..self.rows).step_by(height) {
+            let rows = height.min(self.rows - first);
+            let values = &mut values[..rows * self.cols];
+            self.part(first, rows).convert(values);
+            each(first, Matrix::new(values, rows, self.cols));
+        }
+    }
+
+    /// [`Frozen::blocks`], rounded to bf16, with their shapes.
+    #[cfg(target_arch = "x86_64")]
+    fn blocks_in_bf16(self, mut each: impl FnMut(usize, &[bf16], [usize; 2])) {
+        // More rows than in f32, as x is rounded anew for each block of them.
+        let height = (BLOCK / self.cols).max(4 * FEWEST_ROWS).min(self.rows);
+        let at_once = (EACH / self.cols).max(1);
+        let mut rounded = vec![bf16::ZERO; height * self.cols];
+        for first in (0..self.rows).step_by(height) {
+            let rows = height.min(self.rows - first);
+            let block = &mut rounded[..rows * self.cols];
+            let parts = block.par_chunks_mut(at_once * self.cols).enumerate();
+            let buffer = || vec![0f32; at_once * self.cols];
+            parts.for_each_init(buffer, |values, (i, to)| {
+                let values = &mut values[..to.len()];
+                let part = self.part(first + i * at_once, to.len() / self.cols);
+                part.convert(values);
+                flex::vectorised(
+                    #[inline(always)]
+                    || round_to_bf16(values, to),
+                );
+            });
+            each(first, block, [rows, self.cols]);
+        }
+    }
+
+    /// All elements in f32.
+    fn convert(self, to: &mut [f32]) {
+        match self.elements {
+            Elements::F32(from) => to.copy_from_slice(from),
+            Elements::F16(from) => in_parallel(to, from, |from, to| {
+                half::slice::HalfFloatSliceExt::convert_to_f32_slice(from, to);
+            }),
+            Elements::Bf16(from) => in_parallel(to, from, |from, to| {
+                for (to, from) in to.iter_mut().zip(from) {
+                    *to = f32::from_bits(u32::from(from.to_bits()) << 16);
+                }
+            }),
+            Elements::Quantised(weight, row) => weight.matrix.dequantise_rows(row, to),
+        }
+    }
+}
+
+/// To the nearest, ties to even; finite numbers only.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+fn round_to_bf16(from: &[f32], to: &mut [bf16]) {
+    for (to, from) in to.iter_mut().zip(from) {
+        let bits = from.to_bits();
+        let half = 0x7fff + (bits >> 16 & 1);
+        *to = bf16::from_bits((bits.wrapping_add(half) >> 16) as u16);
+    }
+}
+
+fn in_parallel<T: Sync>(to: &mut [f32], from: &[T], convert: impl Fn(&[T], &mut [f32]) + Sync) {
+    (to.par_chunks_mut(EACH))
+        .zip(from.par_chunks(EACH))
+        .for_each(|(to, from)| convert(from, to));
+}
