@@ -21,6 +21,7 @@ use lorafit::model::{CausalLm, Keep, Storage, names};
 use lorafit::random::Stream;
 use lorafit::recipe::Quantization;
 use lorafit::train::optimizer::{AdamW, AdamWConfig};
+use lorafit::train::recompute::Retain;
 use lorafit::train::{memory, step};
 
 #[derive(Parser)]
@@ -49,6 +50,9 @@ struct Args {
     /// How linear layers are kept: none, nf4, nf4-double or int8
     #[arg(long, default_value = "none", value_parser = quantization)]
     quantization: Quantization,
+    /// What is computed again on the way back
+    #[arg(long, default_value = "none", value_parser = ["none", "block", "block-on-host"])]
+    recompute: String,
     /// Where to compute
     #[arg(long, default_value = "cpu")]
     device: DeviceSpec,
@@ -70,12 +74,17 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         loraplus_lr_ratio: 1.0,
         embedding_lr_ratio: 1.0,
     });
+    let retain = match args.recompute.as_str() {
+        "block" => Retain::Inputs,
+        "block-on-host" => Retain::InputsOnHost,
+        _ => Retain::Graphs,
+    };
     let mut rates = Vec::new();
     for number in 0..args.steps {
         let batch = random_batch(&args, number, vocabulary);
         let start = Instant::now();
         let mut result =
-            step::gradients(&mut model, &[batch], None, &|| false).ok_or("interrupted")?;
+            step::gradients(&mut model, &[batch], None, retain, &|| false).ok_or("interrupted")?;
         step::clip(&mut result.gradients, 1.0);
         optimizer.step(&mut model, result.gradients, 2e-4);
         device.device.sync().map_err(|error| format!("{error:?}"))?;
@@ -90,7 +99,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         "{}",
         serde_json::json!({
             "lorafit": env!("CARGO_PKG_VERSION"), "dtype": args.dtype, "device": device.spec.to_string(),
-            "batch": args.batch, "seq": args.seq, "rank": args.rank,
+            "batch": args.batch, "seq": args.seq, "rank": args.rank, "recompute": args.recompute,
             "tokens_per_second": counted[counted.len() / 2], "peak_rss_gib": gib,
         })
     );

@@ -17,6 +17,7 @@ use lorafit::model::{CausalLm, Keep, Tokens, names};
 use lorafit::quant::Scheme;
 use lorafit::recipe::LrScheduler;
 use lorafit::train::optimizer::{AdamW, AdamWConfig};
+use lorafit::train::recompute::Retain;
 use lorafit::train::schedule::Schedule;
 use lorafit::train::step::{self, Gradients};
 use serde_json::Value;
@@ -263,7 +264,8 @@ fn train(
     let groups = expected.shape("lr")[1];
     let (mut optimizer, schedule) = (hyper.optimizer(), hyper.schedule()?);
     for (i, batches) in batches.chunks_exact(accum).enumerate() {
-        let mut got = step::gradients(model, batches, None, &|| false).expect("not interrupted");
+        let mut got = step::gradients(model, batches, None, Retain::Graphs, &|| false)
+            .expect("not interrupted");
         let (loss_tolerance, norm_tolerance) = if i == 0 {
             check_gradients(&got.gradients, expected, figures);
             (tolerance::LOSS, tolerance::GRADIENT)

@@ -16,8 +16,10 @@ use lorafit::data::batch::Batch;
 use lorafit::device::{self, DeviceKind, to_vec};
 use lorafit::model::{CausalLm, Tokens};
 use lorafit::train::optimizer::{AdamW, AdamWConfig};
-use lorafit::train::step;
+use lorafit::train::recompute::Retain;
+use lorafit::train::step::{self, DropoutSeed};
 
+use crate::recompute::assert_same;
 use crate::train::{assert_equal, gradients, tiny_model};
 
 /// `|gpu - cpu| / max|cpu|`: products over as few as 130 elements differ by up to 1e-4 between
@@ -148,6 +150,7 @@ fn a_gpu_gives_the_numbers_of_the_cpu() {
         let what = format!("GPU against CPU, packed {packed}");
         assert_equal(&want, &got, TOLERANCE, &what);
     }
+    recompute_changes_nothing(&mut on_gpu, &batch(true));
     let batch = batch(true);
     let (want, got) = (train(&mut on_cpu, &batch, 4), train(&mut on_gpu, &batch, 4));
     assert!(want[3] < want[0] * 0.95, "nothing was learned: {want:?}");
@@ -157,6 +160,19 @@ fn a_gpu_gives_the_numbers_of_the_cpu() {
             off < TRAINED_TOLERANCE,
             "{want} on the CPU, {got} on the GPU: {off:.2e}"
         );
+    }
+}
+
+/// Whatever is kept, on the device or off it, every bit is the same on one device.
+fn recompute_changes_nothing(model: &mut CausalLm, batch: &Batch) {
+    let batches = std::slice::from_ref(batch);
+    let mut run = |retain| {
+        let masks = Some(DropoutSeed { seed: 3, step: 5 });
+        step::gradients(model, batches, masks, retain, &|| false).expect("nobody interrupts")
+    };
+    let want = run(Retain::Graphs);
+    for retain in [Retain::Inputs, Retain::InputsOnHost] {
+        assert_same(&want, &run(retain), &format!("GPU, {retain:?}"));
     }
 }
 

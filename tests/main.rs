@@ -31,6 +31,7 @@ mod reader_fuzz;
 mod readers;
 mod recipe;
 mod recipe_data;
+mod recompute;
 mod reference;
 mod resume;
 mod rows;

@@ -17,6 +17,7 @@ use lorafit::model::CausalLm;
 use lorafit::model::names::linear_shapes;
 use lorafit::model::weights::Weights;
 use lorafit::random::Stream;
+use lorafit::train::recompute::Retain;
 use lorafit::train::step::{self, StepGradients};
 use serde_json::Value;
 
@@ -108,7 +109,7 @@ pub(crate) fn tiny_model(full: bool, device: &Device) -> CausalLm {
 }
 
 pub(crate) fn gradients(model: &mut CausalLm, batches: &[Batch]) -> StepGradients {
-    step::gradients(model, batches, None, &|| false).expect("nobody interrupts")
+    step::gradients(model, batches, None, Retain::Graphs, &|| false).expect("nobody interrupts")
 }
 
 pub(crate) fn batches(samples: &[Sample], micro_batch: usize) -> Vec<Batch> {

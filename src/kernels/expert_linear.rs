@@ -19,7 +19,7 @@ use super::{is_cpu, linear, lora_linear};
 /// # Dtypes
 /// x f32; weight f32, or bf16 or f16 where it is frozen.
 pub fn expert_linear(x: Tensor<2>, weight: Tensor<3>, offsets: Arc<[usize]>) -> Tensor<2> {
-    match is_cpu(&x.device()) && !weight.is_require_grad() {
+    match is_cpu(&x.device()) && !weight.is_autodiff() {
         true => linear::fused(x, rows_together(weight).into(), offsets),
         false => reference(x, weight, &offsets),
     }

@@ -22,7 +22,7 @@ use super::{KernelGradients, Kernels, Quantised, Weight, flex, is_cpu};
 /// x f32; weight f32, or bf16, f16 or quantised where it is frozen.
 pub fn linear(x: Tensor<2>, weight: impl Into<Weight>) -> Tensor<2> {
     let weight = weight.into();
-    match is_cpu(&x.device()) && !weight.is_require_grad() {
+    match is_cpu(&x.device()) && !weight.is_autodiff() {
         true => {
             let rows = Arc::from([0, x.dims()[0]]);
             fused(x, weight, rows)

@@ -48,10 +48,10 @@ impl Weight {
         }
     }
 
-    /// Whether it trains.
-    pub fn is_require_grad(&self) -> bool {
+    /// Whether it belongs to the backend that tracks, as all that trains does.
+    pub fn is_autodiff(&self) -> bool {
         match self {
-            Self::Dense(weight) => weight.is_require_grad(),
+            Self::Dense(weight) => weight.is_autodiff(),
             Self::Quantised(_) => false,
         }
     }

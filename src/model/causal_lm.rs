@@ -12,27 +12,26 @@ use super::weights::{self, Weights, WeightsError};
 use super::{build, names};
 use crate::kernels::{self, Head, LogitShape, Segments, Weight};
 use crate::nn::{
-    Dropout, ExpertLinear, LayerCache, LoraDelta, LoraLinear, Norm, Parameter, Rope, Rows,
-    TokenRows, Visitor,
+    Dropout, ExpertLinear, LayerCache, LoraDelta, LoraLinear, Norm, Rope, Rows, TokenRows,
 };
 
 /// A causal language model on one device, in f32 but for matrices that [`Keep`] says.
 #[derive(Debug, Clone)]
 pub struct CausalLm {
-    config: ModelConfig,
-    embed_tokens: Tensor<2>,
-    blocks: Vec<Block>,
-    norm: Norm,
+    pub(super) config: ModelConfig,
+    pub(super) embed_tokens: Tensor<2>,
+    pub(super) blocks: Vec<Block>,
+    pub(super) norm: Norm,
     /// `None` when the head is the embedding.
-    lm_head: Option<Tensor<2>>,
+    pub(super) lm_head: Option<Tensor<2>>,
     /// Phi's.
-    head_bias: Option<Tensor<1>>,
+    pub(super) head_bias: Option<Tensor<1>>,
     /// The embedding's delta: B has a row for each token, A turns it into an embedding.
-    embedding_delta: Option<LoraDelta>,
-    head_delta: Option<LoraDelta>,
+    pub(super) embedding_delta: Option<LoraDelta>,
+    pub(super) head_delta: Option<LoraDelta>,
     /// Tokens whose rows train; where the head is the embedding, there too.
-    embedding_rows: Option<TokenRows>,
-    head_rows: Option<TokenRows>,
+    pub(super) embedding_rows: Option<TokenRows>,
+    pub(super) head_rows: Option<TokenRows>,
     ropes: Vec<Rope>,
     device: Device,
 }
@@ -223,7 +222,25 @@ impl CausalLm {
         if let Some(cache) = cache {
             cache.tokens += tokens.ids.len();
         }
+        self.normed(x)
+    }
+
+    /// The final norm.
+    ///
+    /// # Shapes
+    /// `[N, D]` → `[N, D]`
+    pub fn normed(&self, x: Tensor<2>) -> Tensor<2> {
         self.norm.forward(x)
+    }
+
+    /// The blocks, from the embedding on.
+    pub fn blocks(&self) -> &[Block] {
+        &self.blocks
+    }
+
+    /// The blocks, to be changed.
+    pub fn blocks_mut(&mut self) -> &mut [Block] {
+        &mut self.blocks
     }
 
     /// What the router of each sparse block says of each token, `[N, E]`, before softmax or sigmoid.
@@ -239,7 +256,7 @@ impl CausalLm {
     }
 
     /// Positions and segments of the tokens, `past` tokens of each segment being cached.
-    fn rows(&self, tokens: Tokens, past: usize) -> Rows {
+    pub fn rows(&self, tokens: Tokens, past: usize) -> Rows {
         let segments = match tokens.segments {
             Some(starts) => Segments::packed(tokens.batch, Arc::clone(starts)),
             None => Segments::uniform(tokens.batch, tokens.ids.len() / tokens.batch.max(1)),
@@ -455,57 +472,5 @@ impl CausalLm {
                 layers.map(move |(name, layer)| (format!("{path}.{name}"), layer))
             })
             .collect()
-    }
-
-    /// Visits every tensor by its Hugging Face name, but for quantised matrices; an adapter's as `MODULE.lora_a` and `.lora_b`.
-    pub fn visit(&mut self, visitor: &mut Visitor) {
-        visitor(
-            &format!("{}.weight", names::EMBEDDING),
-            Parameter::Matrix(&mut self.embed_tokens),
-        );
-        if let Some(delta) = &mut self.embedding_delta {
-            delta.visit(names::EMBEDDING, visitor);
-        }
-        if let Some(rows) = &mut self.embedding_rows {
-            let name = format!("{}.token_rows", names::EMBEDDING);
-            visitor(&name, Parameter::Matrix(&mut rows.rows));
-        }
-        for (i, block) in self.blocks.iter_mut().enumerate() {
-            block.visit(&names::block(i), visitor);
-        }
-        self.norm.visit(self.config.family.final_norm, visitor);
-        if let Some(head) = &mut self.lm_head {
-            visitor(&format!("{}.weight", names::HEAD), Parameter::Matrix(head));
-        }
-        if let Some(bias) = &mut self.head_bias {
-            visitor(&format!("{}.bias", names::HEAD), Parameter::Vector(bias));
-        }
-        if let Some(delta) = &mut self.head_delta {
-            delta.visit(names::HEAD, visitor);
-        }
-        if let Some(rows) = &mut self.head_rows {
-            let name = format!("{}.token_rows", names::HEAD);
-            visitor(&name, Parameter::Matrix(&mut rows.rows));
-        }
-    }
-
-    /// Visits the tensors that train.
-    pub fn visit_trainable(&mut self, visitor: &mut Visitor) {
-        self.visit(&mut |name, parameter| {
-            if parameter.is_trainable() {
-                visitor(name, parameter);
-            }
-        });
-    }
-
-    /// The same model with nothing to train, for evaluation; shares the weights.
-    pub fn frozen(&self) -> Self {
-        let mut model = self.clone();
-        model.visit(&mut |_, mut parameter| {
-            if parameter.is_trainable() {
-                parameter.set_trainable(false);
-            }
-        });
-        model
     }
 }

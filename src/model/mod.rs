@@ -22,6 +22,7 @@ pub mod pieces;
 mod shard;
 pub mod storage;
 mod tensor_reader;
+mod visit;
 pub mod weights;
 
 pub use causal_lm::{CausalLm, KvCache, Tokens};

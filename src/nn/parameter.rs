@@ -64,6 +64,15 @@ impl Parameter<'_> {
         }
     }
 
+    /// Leaves what trains out of graphs from here on, but in the backend that makes them.
+    pub fn untrack(&mut self) {
+        match self {
+            Self::Vector(x) => untrack(x),
+            Self::Matrix(x) => untrack(x),
+            Self::Cube(x) => untrack(x),
+        }
+    }
+
     /// Takes its gradient, in one dimension, out of a backward pass.
     pub fn take_gradient(&self, gradients: &mut Gradients) -> Option<Tensor<1>> {
         match self {
@@ -94,6 +103,10 @@ fn set_trainable<const D: usize>(x: &mut Tensor<D>, trainable: bool) {
         true => leaf(in_f32(values), true),
         false => values,
     };
+}
+
+fn untrack<const D: usize>(x: &mut Tensor<D>) {
+    *x = untracked(x.clone()).autodiff();
 }
 
 fn take_gradient<const D: usize>(x: &Tensor<D>, gradients: &mut Gradients) -> Option<Tensor<1>> {

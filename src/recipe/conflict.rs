@@ -127,6 +127,7 @@ pub(super) fn check(given: &mut Given) {
         report(given, "base.init", message, "set `adapter.method: full`");
     }
     streaming(given);
+    offload(given);
     early_stopping(given);
     layers_and_expression(given);
     warmup(given);
@@ -223,6 +224,22 @@ fn streaming(given: &mut Given) {
     }
     let because = "`data.streaming` does not know which rows there will be";
     exclude(given, key, "data.validation_fraction", because);
+}
+
+/// Inputs of blocks that are not kept cannot be kept elsewhere.
+fn offload(given: &mut Given) {
+    let key = "train.offload_activations";
+    let all = text(given, "train.gradient_checkpointing") == Some("none");
+    if all && value(given, key) == Some(&json!(true)) {
+        let message =
+            "has no effect: `train.gradient_checkpointing: none` keeps no inputs of blocks";
+        report(
+            given,
+            key,
+            message,
+            "set train.gradient_checkpointing: block",
+        );
+    }
 }
 
 fn early_stopping(given: &mut Given) {

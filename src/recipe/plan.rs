@@ -409,6 +409,10 @@ pub struct TrainPlan {
     pub micro_batch_size: usize,
     /// Micro-batches in one optimizer step.
     pub gradient_accumulation_steps: usize,
+    /// What is kept between the forward and the backward pass.
+    pub gradient_checkpointing: GradientCheckpointing,
+    /// Whether what blocks are computed again from is held in the host's memory.
+    pub offload_activations: bool,
     /// Which rule turns gradients into steps.
     pub optimizer: Optimizer,
     /// Peak learning rate.
@@ -451,6 +455,18 @@ pub struct TrainPlan {
     pub save_total_limit: usize,
     /// Evaluations without improvement after which the run stops early; `None` never stops.
     pub early_stopping_patience: Option<usize>,
+}
+
+/// What is kept between the forward and the backward pass; the numbers do not depend on it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum GradientCheckpointing {
+    /// All activations.
+    None,
+    /// The input of each block, which is computed again.
+    Block,
+    /// All activations where they are small, else the inputs.
+    Auto,
 }
 
 /// What turns gradients into steps.

@@ -1,7 +1,7 @@
 //! Batches become losses, gradients, optimizer steps and run states.
 //!
 //! [`trainer`] holds the loop. One turn of it: [`step`] computes gradients over the micro-batches,
-//! [`schedule`] gives the learning rate, [`optimizer`] moves the weights, [`run_state`] saves all
+//! each by way of [`recompute`], [`schedule`] gives the learning rate, [`optimizer`] moves the weights, [`run_state`] saves all
 //! that is needed to go on. [`run_dir`] lays out what a run leaves behind; [`event`] is what it
 //! reports meanwhile.
 
@@ -10,6 +10,7 @@ pub mod finish;
 pub mod memory;
 pub mod optimizer;
 pub mod prepare;
+pub mod recompute;
 pub mod run_dir;
 pub mod run_state;
 pub mod schedule;

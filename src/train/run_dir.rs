@@ -17,7 +17,7 @@ use super::run_state::Progress;
 use crate::export::write::{self, WriteError};
 use crate::recipe::faults::Faults;
 use crate::recipe::plan::OnBadRow;
-use crate::recipe::{Plan, load, resolve};
+use crate::recipe::{GradientCheckpointing, Plan, load, resolve};
 
 /// A run directory that this process holds.
 #[derive(Debug)]
@@ -282,6 +282,8 @@ fn comparable(plan: &Plan) -> serde_json::Value {
     plan.train.logging_steps = 0;
     plan.train.save_steps = 0;
     plan.train.save_total_limit = 0;
+    plan.train.gradient_checkpointing = GradientCheckpointing::Auto;
+    plan.train.offload_activations = false;
     plan.sample.prompts.clear();
     plan.sample.max_new_tokens = 0;
     plan.sample.temperature = 0.0;

@@ -13,6 +13,7 @@ use crate::data::batch::Batch;
 use crate::device::{scalar, to_vec};
 use crate::model::{CausalLm, Tokens};
 use crate::nn::Dropout;
+use crate::train::recompute::{self, MicroBatch, Retain};
 
 /// Gradients by tensor name, flat, without tracking.
 pub type Gradients = BTreeMap<String, Tensor<1>>;
@@ -62,11 +63,12 @@ fn tokens(batch: &Batch) -> Tokens<'_> {
     }
 }
 
-/// Loss and gradients of one step; `None` when `interrupted` says so between two micro-batches.
+/// Loss and gradients of one step, which do not depend on what is kept; `None` when `interrupted` says so between two micro-batches.
 pub fn gradients(
     model: &mut CausalLm,
     batches: &[Batch],
     dropout: Option<DropoutSeed>,
+    retain: Retain,
     interrupted: &dyn Fn() -> bool,
 ) -> Option<StepGradients> {
     let targets: Vec<Arc<[i32]>> = batches.iter().map(targets).collect();
@@ -78,21 +80,13 @@ pub fn gradients(
         if interrupted() {
             return None;
         }
-        let masks = dropout.map(|key| Dropout::new(key.seed, key.step, i));
-        let hidden = model.hidden(tokens(batch), None, masks);
-        let loss = model.loss_sum(hidden, targets, masks).mul_scalar(share);
-        let mut gradients = loss.backward();
-        losses.push(loss.inner());
-        model.visit_trainable(&mut |name, parameter| {
-            let Some(gradient) = parameter.take_gradient(&mut gradients) else {
-                return;
-            };
-            let sum = match total.remove(name) {
-                Some(sum) => sum + gradient,
-                None => gradient,
-            };
-            total.insert(name.to_string(), sum);
-        });
+        let batch = MicroBatch {
+            tokens: tokens(batch),
+            targets,
+            dropout: dropout.map(|key| Dropout::new(key.seed, key.step, i)),
+            share,
+        };
+        losses.push(recompute::gradients(model, &batch, retain, &mut total));
     }
     Some(StepGradients {
         loss: losses.into_iter().map(scalar).sum(),

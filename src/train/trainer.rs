@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use super::event::Event;
 use super::optimizer::AdamW;
+use super::recompute::Retain;
 use super::run_dir::Metrics;
 use super::run_state::{self, Best, Progress};
 use super::schedule::Schedule;
@@ -146,10 +147,18 @@ impl Trainer<'_> {
             seed: self.plan.train.seed,
             step: number,
         };
+        let longest = data.batches.iter().map(|batch| batch.input_ids.len()).max();
+        let retain = Retain::choose(
+            &self.plan.train,
+            self.model.config(),
+            longest.unwrap_or(0),
+            self.model.device(),
+        );
         let Some(mut result) = step::gradients(
             &mut self.model,
             &data.batches,
             Some(dropout),
+            retain,
             self.interrupted,
         ) else {
             return Ok(false);

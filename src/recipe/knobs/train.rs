@@ -27,6 +27,42 @@ pub(super) const KNOBS: &[Knob] = &[
     .counts("micro-batches")
     .elsewhere(&["grad_accumulation_steps", "accumulation"]),
     Knob::new(
+        "train.gradient_checkpointing",
+        Kind::Choice(&[
+            (
+                "none",
+                "all activations, which is fastest",
+            ),
+            (
+                "block",
+                "the input of each block, which is computed again on the way back: a fraction of the memory, about a third more time",
+            ),
+            (
+                "auto",
+                "as `block` where the activations of a micro-batch would take more than about 1 GiB, else as `none`",
+            ),
+        ]),
+        "auto",
+        "What is kept between the forward and the backward pass. The numbers are the same, bit for bit, and a run may go on with another setting.",
+    )
+    .elsewhere(&[
+        "activation_checkpointing",
+        "enable_activation_checkpointing",
+        "use_gradient_checkpointing",
+        "grad_checkpoint",
+    ]),
+    Knob::new(
+        "train.offload_activations",
+        Kind::Boolean,
+        "false",
+        "Hold the inputs of blocks, which `gradient_checkpointing` keeps, in the host's memory: less memory on a GPU, more time. Changes nothing on the CPU.",
+    )
+    .elsewhere(&[
+        "activation_offloading",
+        "enable_activation_offloading",
+        "offload_to_cpu",
+    ]),
+    Knob::new(
         "train.optimizer",
         Kind::Choice(&[
             ("adamw", "AdamW, as torch has it"),
