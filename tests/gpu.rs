@@ -176,14 +176,15 @@ fn recompute_changes_nothing(model: &mut CausalLm, batch: &Batch) {
     }
 }
 
-/// Losses of the first steps of `recipes/quickstart.yaml`, as a user trains it.
-fn quickstart(device: &str) -> Vec<f64> {
+/// Losses of the first steps of `recipes/quickstart.yaml`, as a user trains it, with another setting.
+fn quickstart(device: &str, set: &str) -> Vec<f64> {
     let scratch = tempfile::tempdir().expect("a scratch directory");
     let run = scratch.path().join("run");
     let output = Command::new(env!("CARGO_BIN_EXE_lorafit"))
         .current_dir(Path::new(env!("CARGO_MANIFEST_DIR")))
         .env("LORAFIT_CACHE", scratch.path().join("cache"))
         .args(["train", "recipes/quickstart.yaml", "--device", device])
+        .args(["--set", set, "--set", "train.precision=f32"])
         .args([
             "--set",
             "train.max_steps=3",
@@ -223,13 +224,18 @@ fn the_quickstart_trains_on_a_gpu() {
     if gpu_or_skip().is_none() {
         return;
     }
-    let (want, got) = (quickstart("cpu"), quickstart("webgpu"));
-    assert_eq!((want.len(), got.len()), (3, 3));
-    for (want, got) in want.iter().zip(&got) {
-        let off = (want - got).abs() / want;
-        assert!(
-            off < TRAINED_TOLERANCE,
-            "{want} on the CPU, {got} on the GPU: {off:.2e}"
-        );
+    let mut seen = Vec::new();
+    for set in ["base.quantization=none", "base.quantization=nf4-double"] {
+        let (want, got) = (quickstart("cpu", set), quickstart("webgpu", set));
+        assert_eq!((want.len(), got.len()), (3, 3));
+        for (want, got) in want.iter().zip(&got) {
+            let off = (want - got).abs() / want;
+            assert!(
+                off < TRAINED_TOLERANCE,
+                "{set}: {want} on the CPU, {got} on the GPU: {off:.2e}"
+            );
+        }
+        seen.push(got);
     }
+    assert_ne!(seen[0], seen[1], "nothing was quantised");
 }

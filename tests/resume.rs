@@ -54,6 +54,10 @@ fn workspace(kind: &str) -> Workspace {
     let data = "data: {train: [data.jsonl], validation_fraction: 0.2, max_seq_len: 96}";
     let recipe = match kind {
         "bf16" => RECIPE.replace("train:\n", "train:\n  precision: bf16\n"),
+        "quantised" => {
+            let quantised = "base: {model: base, quantization: nf4-double}";
+            RECIPE.replace("base: {model: base}", quantised)
+        }
         "full" => RECIPE.replace(adapter, "adapter: {method: full}"),
         "streamed" => {
             workspace.write(
@@ -236,6 +240,11 @@ fn an_interrupted_run_goes_on_exactly() {
 #[test]
 fn an_interrupted_run_in_bf16_goes_on_exactly() {
     interrupted_at("bf16", &[4]);
+}
+
+#[test]
+fn an_interrupted_run_on_a_quantised_base_goes_on_exactly() {
+    interrupted_at("quantised", &[3, 8]);
 }
 
 #[test]

@@ -87,7 +87,7 @@ pub struct MicroBatch<'a> {
 enum Kept {
     /// Its input and its output, with the graph between them.
     Graph(Box<[Tensor<2>; 2]>),
-    Input(Tensor<2>),
+    Input(Box<Tensor<2>>),
     /// The input's values and its shape.
     OnHost(Vec<f32>, [usize; 2]),
 }
@@ -154,7 +154,7 @@ pub fn gradients(
         let number = reach.first + kept.len();
         let [input, output] = match block {
             Kept::Graph(graph) => *graph,
-            Kept::Input(x) => graph(model, number, x, &rows, &reach, batch.dropout),
+            Kept::Input(x) => graph(model, number, *x, &rows, &reach, batch.dropout),
             Kept::OnHost(values, shape) => {
                 let x = Tensor::from_data(TensorData::new(values, shape), model.device());
                 graph(model, number, x, &rows, &reach, batch.dropout)
@@ -202,7 +202,7 @@ fn forward(
             // Values, not `TensorData`, which GPUs fill when it is read: too late to free memory, and
             // after the block has reused it.
             Retain::InputsOnHost => kept.push(Kept::OnHost(values(&x), x.dims())),
-            _ => kept.push(Kept::Input(x.clone())),
+            _ => kept.push(Kept::Input(Box::new(x.clone()))),
         }
         x = block.forward(x.autodiff(), rows, None, dropout).inner();
     }
