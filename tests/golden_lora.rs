@@ -23,8 +23,8 @@ use lorafit::train::step::{self, Gradients};
 use serde_json::Value;
 
 use crate::reference::{
-    Case, Figures, Tensors, Verdict, distance, failed, flat, load, load_as, not_yet, reference,
-    run_all, tolerance, unpacked,
+    Case, Figures, Tensors, Verdict, distance, failed, flat, load, load_as, not_yet, run_all, sets,
+    tolerance, unpacked,
 };
 
 /// Reads an adapter; what lorafit has not is not supported yet.
@@ -121,7 +121,7 @@ impl Hyper {
 
 fn lora_case(case: &Path) -> Case {
     let hyper = Hyper::open(case)?;
-    let base = reference()
+    let base = set_of(case)
         .join("models")
         .join(hyper.json["base"].as_str().expect("base"));
     let keep = Keep {
@@ -194,7 +194,7 @@ fn check_dequantised(
 /// The configuration with the initialisation that the case's author asked for: PEFT's files say of a
 /// changed base only that A and B are given.
 fn with_init(config: AdapterConfig, case: &Path) -> Result<AdapterConfig, Verdict> {
-    let spec = std::fs::read_to_string(reference().join("spec.json")).map_err(failed)?;
+    let spec = std::fs::read_to_string(set_of(case).join("spec.json")).map_err(failed)?;
     let spec: Value = serde_json::from_str(&spec).map_err(failed)?;
     let name = case.file_name().expect("a name").to_string_lossy();
     let init = &spec["lora"][name.as_ref()]["peft"]["init_lora_weights"];
@@ -305,7 +305,7 @@ fn train(
 
 fn check_gradients(gradients: &Gradients, expected: &Tensors, figures: &mut Figures) {
     let adapted: BTreeSet<&str> = (gradients.keys())
-        .filter_map(|name| name.strip_suffix(".lora_a"))
+        .filter_map(|name| (name.strip_suffix(".lora_a")).or(name.strip_suffix(".lambda_d")))
         .collect();
     for (name, gradient) in gradients {
         let (module, field) = name.rsplit_once('.').expect("a tensor of a module");
@@ -480,7 +480,37 @@ fn check_merge(
     Ok(())
 }
 
+/// The set that a case belongs to.
+fn set_of(case: &Path) -> &Path {
+    case.ancestors().nth(2).expect("SET/lora/CASE")
+}
+
+/// Every case of the sets; the README's table of adapters names those of the project's own that pass.
 #[test]
 fn lora_equals_peft() {
-    run_all("lora", lora_case);
+    let folders = sets().into_iter().map(|set| set.join("lora"));
+    let passed: BTreeSet<String> = folders.flat_map(|f| run_all(&f, lora_case)).collect();
+    if std::env::var_os("LORAFIT_REFERENCE").is_some() {
+        return;
+    }
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("README.md");
+    let readme = std::fs::read_to_string(path).expect("README.md");
+    let (_, table) = readme.split_once("## Adapters\n").expect("the table");
+    let (table, _) = table.split_once("\n## ").expect("another section");
+    let rows = table.lines().filter(|line| line.starts_with("| "));
+    let listed: BTreeSet<String> = (rows.skip(1))
+        .flat_map(|row| {
+            row.trim_end_matches(" |")
+                .rsplit("| ")
+                .next()
+                .unwrap_or("")
+                .split(", ")
+        })
+        .map(str::to_owned)
+        .collect();
+    let difference: Vec<_> = listed.symmetric_difference(&passed).collect();
+    assert!(
+        difference.is_empty(),
+        "README.md, section Adapters: listed or passed, but not both: {difference:?}"
+    );
 }

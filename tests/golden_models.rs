@@ -14,7 +14,7 @@ use lorafit::nn::Rope;
 use lorafit::train::step;
 
 use crate::reference::{
-    Case, Figures, Tensors, distance, failed, flat, load, own, reference, run_all, tolerance,
+    Case, Figures, Tensors, distance, failed, flat, load, own, reference, run_all, sets, tolerance,
     unpacked,
 };
 
@@ -182,9 +182,13 @@ fn table(passed: &[String]) -> String {
 /// Every case of the set; of the project's own set, the README's table says the same.
 #[test]
 fn models_equal_transformers() {
-    let passed = run_all("models", model_case);
+    let passed = run_all(&reference().join("models"), model_case);
     if reference() != own() {
         return;
+    }
+    // Other shapes and options of the same families.
+    for set in sets().iter().skip(1) {
+        run_all(&set.join("models"), model_case);
     }
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("README.md");
     let readme = std::fs::read_to_string(path).expect("README.md");

@@ -122,5 +122,5 @@ fn check_left_padding(model: &CausalLm, tokens: Tokens, case: &Tensors, figures:
 
 #[test]
 fn packed_documents_equal_transformers() {
-    run_all("packing", packing_case);
+    run_all(&reference().join("packing"), packing_case);
 }

@@ -22,7 +22,9 @@ use lorafit::model::{CausalLm, Keep, Storage, Tokens};
 use lorafit::train::step;
 
 use crate::fixture::Workspace;
-use crate::reference::{Case, Figures, Tensors, failed, flat, not_yet, run_all, unpacked};
+use crate::reference::{
+    Case, Figures, Tensors, failed, flat, not_yet, reference, run_all, unpacked,
+};
 
 /// Mean square error that rounding both factors leaves in a product, as a share of it.
 const PRODUCT: f64 = 2.1e-3;
@@ -144,12 +146,16 @@ fn model_case(dir: &Path, storage: Storage) -> Case {
 
 #[test]
 fn models_in_bf16_stay_close_to_transformers() {
-    run_all("models", |dir| model_case(dir, Storage::Bf16));
+    run_all(&reference().join("models"), |dir| {
+        model_case(dir, Storage::Bf16)
+    });
 }
 
 #[test]
 fn models_in_f16_stay_closer() {
-    run_all("models", |dir| model_case(dir, Storage::F16));
+    run_all(&reference().join("models"), |dir| {
+        model_case(dir, Storage::F16)
+    });
 }
 
 /// What the binary says of each step with the precision given.

@@ -6,7 +6,7 @@ use lorafit::quant::absmax::{self, Absmax};
 use lorafit::quant::nf4::{self, Nf4};
 use safetensors::SafeTensors;
 
-use crate::reference::{Case, Figures, Tensors, run_all};
+use crate::reference::{Case, Figures, Tensors, reference, run_all};
 
 /// The bits of an f32 tensor, or a byte each of a u8 one.
 fn bits(file: &SafeTensors, name: &str) -> Vec<u32> {
@@ -79,5 +79,5 @@ fn nf4_case(case: &Path) -> Case {
 
 #[test]
 fn nf4_equals_bitsandbytes() {
-    run_all("quant/nf4", nf4_case);
+    run_all(&reference().join("quant/nf4"), nf4_case);
 }

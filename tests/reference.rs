@@ -57,6 +57,15 @@ pub fn own() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden")
 }
 
+/// The sets that models and adapters are compared with: the one named by the environment, else the
+/// project's own and a second one with other shapes and options.
+pub fn sets() -> Vec<PathBuf> {
+    match std::env::var_os("LORAFIT_REFERENCE") {
+        Some(set) => vec![set.into()],
+        None => vec![own(), own().with_file_name("golden_other")],
+    }
+}
+
 /// The set that goldens run on: the one named by the environment, else the project's own.
 pub fn reference() -> PathBuf {
     std::env::var_os("LORAFIT_REFERENCE").map_or_else(own, PathBuf::from)
@@ -88,9 +97,8 @@ pub fn unpacked(input_ids: Vec<i32>, labels: Vec<i32>, tokens: usize) -> Batch {
 
 /// Runs every case of a folder, prints a line each, and fails if one failed or none passed; returns
 /// the names of those that passed.
-pub fn run_all(folder: &str, run: impl Fn(&Path) -> Case) -> Vec<String> {
-    let folder = reference().join(folder);
-    let mut cases: Vec<PathBuf> = std::fs::read_dir(&folder)
+pub fn run_all(folder: &Path, run: impl Fn(&Path) -> Case) -> Vec<String> {
+    let mut cases: Vec<PathBuf> = std::fs::read_dir(folder)
         .unwrap_or_else(|error| panic!("{}: {error}", folder.display()))
         .map(|entry| entry.expect("a directory entry").path())
         .filter(|path| path.is_dir() || path.extension().is_some_and(|e| e == "safetensors"))

@@ -14,6 +14,7 @@ mod knobs;
 pub mod load;
 pub mod named_templates;
 pub mod plan;
+mod plan_adapter;
 pub mod resolve;
 pub mod schema;
 pub mod source;
