@@ -39,11 +39,16 @@ const TILE_VECTORS: usize = 3;
 const TILE_COLUMNS: usize = 16 * TILE_VECTORS;
 /// Terms that are summed before the next block of them: a panel of the matrix then fits the L1 cache.
 const TERMS: usize = 256;
+/// Terms for which the matrix is copied at once: the sums then stay in the L2 cache for several blocks.
+const DEPTH: usize = 8 * TERMS;
 /// Lines in a row of the copied activations: odd, so that neighbouring rows do not share cache sets.
 const ROW_LINES: usize = TERMS / 32 + 1;
-/// Rows and panels of columns that are copied at once: with both, half of a small L2 cache.
+/// Rows and panels of columns that are computed at once: their sums take half of a small L2 cache, and
+/// the copy of the matrix 3 MiB of the L3 cache.
 const ROWS: usize = 192;
-const PANELS: usize = 8;
+const PANELS: usize = 16;
+/// Fewest rows for which it pays that a task has its own copy of the matrix.
+const FEW_ROWS: usize = 64;
 /// Products smaller than this are not worth a second thread.
 const SMALL: usize = 1 << 18;
 
@@ -72,7 +77,7 @@ struct Scratch {
 thread_local! {
     static SCRATCH: RefCell<Scratch> = RefCell::new(Scratch {
         lhs: vec![Line([0; 16]); ROWS * ROW_LINES],
-        rhs: vec![Line([0; 16]); PANELS * TERMS / 2 * TILE_VECTORS],
+        rhs: vec![Line([0; 16]); PANELS * DEPTH / 2 * TILE_VECTORS],
     });
 }
 
@@ -158,16 +163,17 @@ pub(super) fn multiply_part(
         strides,
         store,
     };
-    // Columns are dealt out first: rows only where those do not suffice, as each of their tasks
-    // copies the matrix anew.
+    // A task copies its columns of the matrix and its rows of the activations: the nearer to a square,
+    // the less.
     let panels = n.div_ceil(TILE_COLUMNS);
     let wanted = match m * n * k < SMALL {
         true => 1,
-        false => 4 * rayon::current_num_threads(),
+        false => 2 * rayon::current_num_threads(),
     };
-    let width = panels.div_ceil(wanted).min(PANELS);
+    let across = (wanted as f64 * n as f64 / m as f64).sqrt().ceil() as usize;
+    let width = panels.div_ceil(across.clamp(1, panels)).min(PANELS);
     let across = panels.div_ceil(width);
-    let down = wanted.div_ceil(across).min(m.div_ceil(ROWS));
+    let down = wanted.div_ceil(across).min(m.div_ceil(FEW_ROWS));
     let height = m.div_ceil(down).next_multiple_of(TILE_ROWS);
     let tasks = across * m.div_ceil(height);
     let task = |task: usize| {
@@ -192,37 +198,64 @@ pub(super) fn multiply_part(
 /// As [`multiply`] says.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
 unsafe fn block(product: Product, rows: Range<usize>, panels: Range<usize>, scratch: &mut Scratch) {
-    let Product { n, k, .. } = product;
-    let stride = product.strides[1];
-    // Blocks of equal size, so that none is left over that hardly pays for its copies.
-    let step = k.div_ceil(k.div_ceil(TERMS)).next_multiple_of(32);
-    for first in (0..k).step_by(step) {
-        let terms = first..(first + step).min(k);
-        let pairs = terms.len().div_ceil(2);
-        let sets = first == 0 && product.store == Store::Set;
-        for (panel, lines) in
-            (panels.clone()).zip(scratch.rhs.chunks_exact_mut(pairs * TILE_VECTORS))
-        {
+    let k = product.k;
+    for first in (0..k).step_by(DEPTH) {
+        let depth = first..(first + DEPTH).min(k);
+        let pairs = depth.len().div_ceil(2);
+        let copies = scratch.rhs.chunks_exact_mut(pairs * TILE_VECTORS);
+        for (panel, lines) in panels.clone().zip(copies) {
             // SAFETY: the features are this function's own.
-            unsafe { copy_panel(product, panel * TILE_COLUMNS, terms.clone(), lines) };
+            unsafe { copy_panel(product, panel * TILE_COLUMNS, depth.clone(), lines) };
         }
         for row in rows.clone().step_by(ROWS) {
-            let height = ROWS.min(rows.end - row);
-            // SAFETY: as above.
-            unsafe { copy_rows(product, row..row + height, terms.clone(), &mut scratch.lhs) };
-            for (i, panel) in panels.clone().enumerate() {
-                let rhs = &scratch.rhs[i * pairs * TILE_VECTORS..][..pairs * TILE_VECTORS];
-                let column = panel * TILE_COLUMNS;
-                let width = TILE_COLUMNS.min(n - column);
-                for top in (0..height).step_by(TILE_ROWS) {
-                    let lhs = &scratch.lhs[top * ROW_LINES..][..TILE_ROWS * ROW_LINES];
-                    let count = TILE_ROWS.min(height - top);
-                    // SAFETY: the tile's rows and columns lie inside `dst` and are this task's.
-                    unsafe {
-                        let dst = product.dst.at((row + top) * stride + column);
-                        tile(lhs, rhs, dst, stride, [count, width], sets);
-                    }
+            let some = row..(row + ROWS).min(rows.end);
+            for first in depth.clone().step_by(TERMS) {
+                let terms = first..(first + TERMS).min(depth.end);
+                // SAFETY: as above; the rows and columns are this task's.
+                unsafe {
+                    copy_rows(product, some.clone(), terms.clone(), &mut scratch.lhs);
+                    tiles(
+                        product,
+                        some.clone(),
+                        panels.clone(),
+                        [&depth, &terms],
+                        scratch,
+                    );
                 }
+            }
+        }
+    }
+}
+
+/// Adds some terms, whose activations and matrix were copied, to some rows and panels.
+///
+/// # Safety
+/// As [`multiply`] says.
+#[target_feature(enable = "avx512f,avx512bf16")]
+unsafe fn tiles(
+    product: Product,
+    rows: Range<usize>,
+    panels: Range<usize>,
+    [depth, terms]: [&Range<usize>; 2],
+    scratch: &Scratch,
+) {
+    let (n, stride) = (product.n, product.strides[1]);
+    let sets = terms.start == 0 && product.store == Store::Set;
+    let panel_lines = depth.len().div_ceil(2) * TILE_VECTORS;
+    let skipped = (terms.start - depth.start) / 2 * TILE_VECTORS;
+    let lines = terms.len().div_ceil(2) * TILE_VECTORS;
+    for (i, panel) in panels.enumerate() {
+        let rhs = &scratch.rhs[i * panel_lines + skipped..][..lines];
+        let column = panel * TILE_COLUMNS;
+        let width = TILE_COLUMNS.min(n - column);
+        for (top, lhs) in
+            (rows.clone().step_by(TILE_ROWS)).zip(scratch.lhs.chunks_exact(TILE_ROWS * ROW_LINES))
+        {
+            let height = TILE_ROWS.min(rows.end - top);
+            // SAFETY: the tile's rows and columns lie inside `dst` and are this task's.
+            unsafe {
+                let dst = product.dst.at(top * stride + column);
+                tile(lhs, rhs, dst, stride, [height, width], sets);
             }
         }
     }
