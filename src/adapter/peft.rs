@@ -133,7 +133,7 @@ pub struct AdapterWeights {
     /// VeRA's vectors and projections, in place of `pairs`.
     pub vera: Option<VeraWeights>,
     /// Fingerprint of the base that it was trained on, where the file says so
-    /// ([`Weights::fingerprint`]).
+    /// ([`Weights::fingerprint`](crate::model::weights::Weights::fingerprint)).
     pub base: Option<String>,
 }
 

@@ -89,7 +89,7 @@ pub struct CombinationArgs {
     pub rank: Option<u16>,
 }
 
-/// Names of [`Combination`](crate::adapter::combine::Combination).
+/// Names of [`Combination`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum CombinationKind {
     /// The exact sum, whose rank is that of all together

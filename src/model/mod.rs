@@ -4,6 +4,7 @@
 //! [`weights`] reads tensors ([`gguf`] those of GGUF files), [`names`] holds every rename and
 //! [`pieces`] how tensors lie in files, [`causal_lm`] puts [`block`]s together.
 
+mod adaptable;
 pub mod block;
 mod build;
 pub mod causal_lm;

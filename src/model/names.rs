@@ -3,6 +3,7 @@
 //! A *module path* is Hugging Face's, such as `model.layers.0.self_attn.q_proj`; a tensor name is
 //! a module path with `.weight` or `.bias`.
 
+pub use super::adaptable::{Adaptable, adaptable};
 use super::config::ModelConfig;
 use super::families::{ExpertFiles, Family, MlpNames};
 
@@ -376,53 +377,6 @@ pub(super) fn is_passed_over(name: &str, layers: usize) -> bool {
     name.ends_with("rotary_emb.inv_freq")
         || name.starts_with("mtp.")
         || layer_of(name).is_some_and(|layer| layer >= layers)
-}
-
-/// What can carry a delta.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Adaptable {
-    /// Its path.
-    pub path: String,
-    /// How many matrices it has: one, or the experts of a mixture.
-    pub experts: usize,
-    /// Rows of each.
-    pub out_features: usize,
-    /// Columns of each.
-    pub in_features: usize,
-}
-
-/// Everything that can carry a delta: the linear layers, routers and the experts' layers, the embedding
-/// and the output head.
-pub fn adaptable(config: &ModelConfig) -> Vec<Adaptable> {
-    let outline = super::causal_lm::outline(config);
-    let parameters = (outline.tensors.iter()).filter_map(|(name, shape)| {
-        let path = name.strip_suffix(".weight").unwrap_or(name);
-        parameter_of(path)?;
-        let (experts, out_features, in_features) = match shape[..] {
-            [out, input] => (1, out, input),
-            [experts, out, input] => (experts, out, input),
-            _ => return None,
-        };
-        Some(Adaptable {
-            path: path.to_string(),
-            experts,
-            out_features,
-            in_features,
-        })
-    });
-    let linears = outline.linears.iter().map(|linear| Adaptable {
-        path: linear.path.clone(),
-        experts: 1,
-        out_features: linear.out_features,
-        in_features: linear.in_features,
-    });
-    let ends = [EMBEDDING, HEAD].map(|path| Adaptable {
-        path: path.to_string(),
-        experts: 1,
-        out_features: config.vocab_size,
-        in_features: config.hidden_size,
-    });
-    linears.chain(parameters).chain(ends).collect()
 }
 
 /// How a family's files call a tensor of the model.
