@@ -64,7 +64,7 @@ fn a_head_that_loses_something_is_untied() {
     let weights = Weights::open(&base).unwrap();
     let model = weights.config().unwrap();
     let targeting = lorafit::adapter::target::Targeting {
-        modules: lorafit::recipe::TargetModules::Names(vec!["lm_head".into()]),
+        target_modules: lorafit::recipe::TargetModules::Names(vec!["lm_head".into()]),
         ..lorafit::adapter::target::Targeting::all_linear(2, 4.0)
     };
     let paths = ["lm_head".to_string()];

@@ -201,32 +201,27 @@ pub fn arguments(changes: &[Change]) -> Vec<String> {
     changes.iter().flat_map(Change::arguments).collect()
 }
 
-/// The longest context and the largest micro-batch that fit into `room`.
+/// The longest context and the largest micro-batch that fit into `room`, samples being as long as the
+/// context.
 ///
 /// # Errors
 /// What is wrong with the plan's adapters.
 pub fn largest(planner: &Planner, plan: &Plan, room: u64) -> Result<Largest, Vec<String>> {
-    planner.plan(plan)?;
+    let any_length = Planner {
+        longest: None,
+        new_tokens: planner.new_tokens.clone(),
+        ..*planner
+    };
+    let outlook = any_length.outlook(plan)?;
     let fits = |change: &dyn Fn(&mut Plan)| {
         let mut plan = plan.clone();
         change(&mut plan);
-        // Samples may be as long as the context.
-        let planner = Planner {
-            longest: None,
-            new_tokens: planner.new_tokens.clone(),
-            ..*planner
-        };
-        let planned = planner.plan(&plan);
-        planned.is_ok_and(|planned| planned.needed() <= room)
+        outlook.plan(&plan).needed() <= room
     };
     let positions = planner.config.max_position_embeddings;
     Ok(Largest {
-        max_seq_len: most(positions, |n| {
-            fits(&|plan: &mut Plan| plan.data.max_seq_len = n)
-        }),
-        micro_batch_size: most(1 << 16, |n| {
-            fits(&|plan: &mut Plan| plan.train.micro_batch_size = n)
-        }),
+        max_seq_len: most(positions, |n| fits(&|plan| plan.data.max_seq_len = n)),
+        micro_batch_size: most(1 << 16, |n| fits(&|plan| plan.train.micro_batch_size = n)),
     })
 }
 

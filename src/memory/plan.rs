@@ -9,6 +9,7 @@ use super::bytes::{Bytes, Kind};
 use super::kernels::{F32, Platform};
 use super::layers::Facts;
 use super::step::{self, StepBytes};
+use crate::adapter::config::AdapterConfig;
 use crate::adapter::outline::Outline;
 use crate::data::tokenize::new_tokens::NewToken;
 use crate::model::config::ModelConfig;
@@ -16,7 +17,7 @@ use crate::model::kept::{Form, KeptTensor, kept_tensors};
 use crate::model::weights::{Dtype, Weights, WeightsError};
 use crate::model::{Keep, names};
 use crate::recipe::{Optimizer, Packing, Plan};
-use crate::train::choice::{self, AdapterChoice};
+use crate::train::choice;
 use crate::train::heap;
 use crate::train::prepare::Prepared;
 use crate::train::recompute::Retain;
@@ -180,22 +181,52 @@ impl<'a> Planner<'a> {
     /// # Errors
     /// All that is wrong with its adapters.
     pub fn plan(&self, plan: &Plan) -> Result<MemoryPlan, Vec<String>> {
+        Ok(self.outlook(plan)?.plan(plan))
+    }
+
+    /// What a recipe makes of the model, whatever its rows are.
+    ///
+    /// # Errors
+    /// As [`Planner::plan`].
+    pub(super) fn outlook(&self, plan: &Plan) -> Result<Outlook<'_>, Vec<String>> {
         let adapter = choice::find(plan, self.config, &self.new_tokens)?;
-        let subject = Subject {
-            planner: self,
-            plan,
-            adapter: adapter.as_ref(),
+        let outline = match &adapter {
+            Some(choice) => Outline::new(self.config, &choice.config, &choice.modules),
+            None => Outline::of_all(self.config),
         };
-        Ok(subject.plan())
+        let mut config = self.config.clone();
+        config.vocab_size = outline.vocab_size;
+        let in_f32 = |name: &str| choice::changes(adapter.as_ref(), self.config, name);
+        let (precision, adapts) = (plan.train.precision, adapter.is_some());
+        let keep = Keep {
+            storage: choice::storage(precision, adapts, self.platform.reads_16_bits()),
+            linears: plan.base.quantization.scheme(),
+            in_f32: &in_f32,
+        };
+        let kept = kept_tensors(&config, keep, |name| match self.weights {
+            Some(weights) => weights.dtype(name),
+            None => Some(self.assumed),
+        });
+        Ok(Outlook {
+            planner: self,
+            adapter: adapter.map(|choice| choice.config),
+            config,
+            outline,
+            kept,
+        })
     }
 }
 
-/// A recipe with its adapters.
-struct Subject<'a> {
+/// A model with a recipe's adapters.
+pub(super) struct Outlook<'a> {
     planner: &'a Planner<'a>,
-    plan: &'a Plan,
     /// `None` where all weights train.
-    adapter: Option<&'a AdapterChoice>,
+    adapter: Option<AdapterConfig>,
+    /// The base's, with the tokens that the recipe adds.
+    config: ModelConfig,
+    outline: Outline,
+    /// The tensors of the base as they will be kept.
+    kept: Vec<KeptTensor>,
 }
 
 impl MemoryPlan {
@@ -226,20 +257,14 @@ impl MemoryPlan {
     }
 }
 
-impl Subject<'_> {
-    fn plan(&self) -> MemoryPlan {
-        let (plan, platform) = (self.plan, self.planner.platform);
-        let outline = match self.adapter {
-            Some(choice) => Outline::new(self.planner.config, &choice.config, &choice.modules),
-            None => Outline::of_all(self.planner.config),
-        };
-        let mut config = self.planner.config.clone();
-        config.vocab_size = outline.vocab_size;
-        let kept = self.kept(&config);
+impl Outlook<'_> {
+    /// Plans a recipe that differs from the one it was made for in its rows at most.
+    pub(super) fn plan(&self, plan: &Plan) -> MemoryPlan {
+        let (kept, platform) = (&self.kept[..], self.planner.platform);
         let facts = Facts {
-            config: &config,
-            adapter: self.adapter.map(|choice| &choice.config),
-            outline: &outline,
+            config: &self.config,
+            adapter: self.adapter.as_ref(),
+            outline: &self.outline,
             forms: (kept.iter())
                 .map(|tensor| (tensor.name.as_str(), tensor.form))
                 .collect(),
@@ -248,22 +273,22 @@ impl Subject<'_> {
         };
         let process = Bytes::of(Kind::Process, self.planner.process);
         let moments = Bytes::of(Kind::Optimizer, 2 * facts.gradients());
-        let resident = process + model_bytes(&facts, &kept) + moments;
-        let mut phases: Vec<PhaseBytes> = (loading(&facts, &kept, platform).into_iter())
+        let resident = process + model_bytes(&facts, kept) + moments;
+        let mut phases: Vec<PhaseBytes> = (loading(&facts, kept, platform).into_iter())
             .map(|(phase, bytes)| PhaseBytes {
                 phase,
                 bytes: process + bytes,
             })
             .collect();
         let mut push = |phase, bytes| phases.push(PhaseBytes { phase, bytes });
-        let step = self.step(&facts);
+        let step = self.step(&facts, plan);
         push(Phase::Step, with_pool(resident + step.peak, platform));
-        if let Some(bytes) = self.evaluation(&facts) {
+        if let Some(bytes) = self.evaluation(&facts, plan) {
             push(Phase::Eval, with_pool(resident + bytes, platform));
         }
         push(Phase::Save, resident + saving(&facts, platform));
         if self.adapter.is_some() {
-            push(Phase::Merge, merging(&facts, &kept));
+            push(Phase::Merge, merging(&facts, kept));
         }
         MemoryPlan {
             phases,
@@ -271,31 +296,15 @@ impl Subject<'_> {
         }
     }
 
-    /// The tensors of the base as they will be kept.
-    fn kept(&self, config: &ModelConfig) -> Vec<KeptTensor> {
-        let (train, planner) = (&self.plan.train, self.planner);
-        let in_f32 = |name: &str| choice::changes(self.adapter, planner.config, name);
-        let adapts = self.adapter.is_some();
-        let keep = Keep {
-            storage: choice::storage(train.precision, adapts, planner.platform.reads_16_bits()),
-            linears: self.plan.base.quantization.scheme(),
-            in_f32: &in_f32,
-        };
-        kept_tensors(config, keep, |name| match planner.weights {
-            Some(weights) => weights.dtype(name),
-            None => Some(planner.assumed),
-        })
-    }
-
     /// The largest step. Where it is left to lorafit what is kept, that is a step of the largest
     /// micro-batch, or of the largest of which everything is kept.
-    fn step(&self, facts: &Facts) -> StepBytes {
-        let (train, rows) = (&self.plan.train, self.rows());
+    fn step(&self, facts: &Facts, plan: &Plan) -> StepBytes {
+        let (train, rows) = (&plan.train, self.rows(plan));
         let accumulates = train.gradient_accumulation_steps > 1;
         let on_cpu = self.planner.platform.on_cpu;
         let retain = |tokens| Retain::planned(train, facts.config, tokens, on_cpu);
         let largest = step::training(facts, rows, retain(rows.tokens), accumulates);
-        let packed = self.plan.data.packing != Packing::Off;
+        let packed = plan.data.packing != Packing::Off;
         if retain(rows.tokens) == Retain::Graphs || retain(1) != Retain::Graphs || packed {
             return largest;
         }
@@ -319,20 +328,20 @@ impl Subject<'_> {
     }
 
     /// Validation and samples; `None` where there are neither.
-    fn evaluation(&self, facts: &Facts) -> Option<Bytes> {
-        let data = &self.plan.data;
+    fn evaluation(&self, facts: &Facts, plan: &Plan) -> Option<Bytes> {
+        let data = &plan.data;
         let asked = !data.validation.is_empty() || data.validation_fraction > 0.0;
         let validates = self.planner.validates.unwrap_or(asked);
-        let sample = &self.plan.sample;
+        let sample = &plan.sample;
         let samples = !sample.prompts.is_empty();
         let text = samples.then(|| step::generation(facts, PROMPT + sample.max_new_tokens));
-        let rows = validates.then(|| step::evaluation(facts, self.rows()));
+        let rows = validates.then(|| step::evaluation(facts, self.rows(plan)));
         [text, rows].into_iter().flatten().reduce(Bytes::larger)
     }
 
     /// The rows of the largest micro-batch; validation has the same.
-    fn rows(&self) -> Rows {
-        let data = &self.plan.data;
+    fn rows(&self, plan: &Plan) -> Rows {
+        let data = &plan.data;
         let most = data.max_seq_len;
         let longest = self.planner.longest.unwrap_or(most).clamp(1, most);
         let row = match data.packing {
@@ -340,7 +349,7 @@ impl Subject<'_> {
             Packing::Off => longest,
         };
         Rows {
-            tokens: self.plan.train.micro_batch_size * row,
+            tokens: plan.train.micro_batch_size * row,
             longest,
         }
     }
