@@ -47,7 +47,7 @@ pub fn run(args: &PlanArgs, output: &Output) -> anyhow::Result<()> {
         None => None,
     };
     let found = Planned {
-        device: format!("{} ({})", device.spec, device.name),
+        device: device.spec.to_string(),
         offers: advice::offers(&planner, (&plan, planned.needed()), room, &reload),
         plan: planned,
         room,

@@ -272,7 +272,7 @@ impl Outlook<'_> {
             freezes_a: plan.train.optimizer == Optimizer::LoraFa,
         };
         let process = Bytes::of(Kind::Process, self.planner.process);
-        let moments = Bytes::of(Kind::Optimizer, 2 * facts.gradients());
+        let moments = Bytes::of(Kind::Optimizer, moments(&facts, plan.train.optimizer));
         let resident = process + model_bytes(&facts, kept) + moments;
         let mut phases: Vec<PhaseBytes> = (loading(&facts, kept, platform).into_iter())
             .map(|(phase, bytes)| PhaseBytes {
@@ -378,6 +378,13 @@ fn model_bytes(facts: &Facts, kept: &[KeptTensor]) -> Bytes {
         adapters += size(&vec![facts.outline.vocab_size, facts.config.hidden_size]);
     }
     Bytes::of(Kind::Base, base) + Bytes::of(Kind::Adapters, adapters)
+}
+
+/// What the optimizer keeps of each tensor that trains: two moments in f32.
+fn moments(facts: &Facts, optimizer: Optimizer) -> u64 {
+    match optimizer {
+        Optimizer::Adamw | Optimizer::LoraFa => 2 * facts.gradients(),
+    }
 }
 
 /// The largest size while the base is read tensor by tensor, and while its matrices are quantised; with
