@@ -144,7 +144,7 @@ pub fn offers(
         .collect()
 }
 
-/// Changes that together make a run fit, taken one after the other as they stand in [`changes`], and only
+/// Changes that together make a run fit, taken one after the other as they are offered, and only
 /// those without which it would not; `None` where none of them do.
 pub fn enough(planner: &Planner, plan: &Plan, room: u64, reload: Reload) -> Option<Vec<Change>> {
     let fits = |changes: &[Change]| {
