@@ -6,7 +6,6 @@ use std::path::{Path, PathBuf};
 
 use crate::adapter::config::AdapterConfig;
 use crate::adapter::experts::converted;
-use crate::adapter::inject::{self, Init};
 use crate::adapter::peft::{self, AdapterWeights};
 use crate::adapter::target::{self, ModuleAdapter, Targeting};
 use crate::adapter::tokens::TrainedTokens;
@@ -16,11 +15,10 @@ use crate::data::tokenize::{ChatTokenizer, TokenizerError};
 use crate::data::{self, Dataset};
 use crate::export::sidecar::has_tokenizer;
 use crate::hub;
-use crate::kernels::is_cpu;
 use crate::model::config::ModelConfig;
-use crate::model::weights::{self, Weights, WeightsError};
-use crate::model::{CausalLm, Keep, Storage, names};
-use crate::recipe::{AdapterMethod, BaseInit, Optimizer, Plan, Precision};
+use crate::model::names;
+use crate::model::weights::{self, Weights};
+use crate::recipe::{AdapterMethod, BaseInit, Optimizer, Plan, Quantization};
 
 /// A plan with its base model found, its data tokenised and its adapters chosen.
 #[derive(Debug)]
@@ -134,6 +132,13 @@ fn open_weights(
     let Some(weights) = findings.take(Weights::open(base)) else {
         return (None, None);
     };
+    if plan.base.quantization == Quantization::Gguf && weights.gguf().is_none() {
+        findings.0.push(format!(
+            "base.quantization: gguf keeps the blocks of a GGUF file, and the base {} is none; name a \
+             .gguf file in base.model, or quantise it with nf4, nf4-double or int8",
+            base.display()
+        ));
+    }
     let config = findings.take(weights.config());
     if let Some(config) = &config {
         findings.take(weights::check(&weights, config));
@@ -400,84 +405,9 @@ pub fn locate(
 }
 
 impl Prepared {
-    /// Loads the base model onto a device, with its adapters injected or all weights trainable.
-    ///
-    /// # Errors
-    /// A tensor cannot be read.
-    pub fn model(&self, device: &burn::tensor::Device) -> Result<CausalLm, WeightsError> {
-        let seed = self.plan.train.seed;
-        let mut model = match &self.weights {
-            Some(weights) => {
-                let (config, storage) = (self.config.clone(), self.storage(device));
-                let in_f32 = |name: &str| self.changes(name);
-                let keep = Keep {
-                    storage,
-                    linears: self.plan.base.quantization.scheme(),
-                    in_f32: &in_f32,
-                };
-                CausalLm::load_as(weights, config, device, keep)?
-            }
-            None => CausalLm::random(self.config.clone(), seed, device)?,
-        };
-        match &self.adapter {
-            Some(choice) => {
-                let init = match &choice.values {
-                    Some(values) => Init::Loaded(values),
-                    None => Init::Fresh { seed },
-                };
-                self.begin_new_tokens(&mut model);
-                inject::inject(&mut model, &choice.config, &choice.modules, &init);
-            }
-            None => inject::train_all(&mut model),
-        }
-        Ok(model)
-    }
-
-    /// How the frozen matrices are kept.
-    ///
-    /// `auto` rounds nothing: on the processor, 16 bits cost no time, as its kernels read them as they
-    /// are.
-    pub fn storage(&self, device: &burn::tensor::Device) -> Storage {
-        match self.plan.train.precision {
-            Precision::Auto if self.adapter.is_some() && is_cpu(device) => Storage::AsStored,
-            Precision::Auto | Precision::F32 => Storage::F32,
-            Precision::Bf16 => Storage::Bf16,
-            Precision::F16 => Storage::F16,
-        }
-    }
-
-    /// Whether a tensor of the base trains, or loses a part to its adapter at first.
-    fn changes(&self, name: &str) -> bool {
-        let Some(AdapterChoice {
-            config, modules, ..
-        }) = &self.adapter
-        else {
-            return true;
-        };
-        let module = name.strip_suffix(".weight").unwrap_or(name);
-        // A head that is the embedding's twin is copied from it.
-        let is_twin = self.config.tie_word_embeddings && module == names::EMBEDDING;
-        let changes = |module: &str| {
-            let adapted = || modules.iter().any(|chosen| chosen.module == module);
-            config.saves(module) || (config.taken_out().is_some() && adapted())
-        };
-        changes(module) || (is_twin && changes(names::HEAD))
-    }
-
     /// Tokens that the model has embeddings for once its adapter is in.
     pub fn vocab_size(&self) -> usize {
         vocabulary(&self.config, self.adapter.as_ref())
-    }
-
-    /// Gives each new token the mean of the rows of the tokens that it takes the place of.
-    fn begin_new_tokens(&self, model: &mut CausalLm) {
-        if self.new_tokens.is_empty() {
-            return;
-        }
-        model.grow(self.vocab_size());
-        for token in &self.new_tokens {
-            model.set_to_mean(token.id as usize, &token.pieces);
-        }
     }
 
     /// Identifies the samples and the base model, so that a resumed run can tell that they are the
