@@ -189,3 +189,17 @@ fn a_loss_that_is_not_finite_stops_a_run_whatever_its_precision() {
         assert!(!workspace.path("run/adapter").exists());
     }
 }
+
+#[test]
+fn a_gradient_norm_that_is_not_finite_stops_a_run_before_a_weight_moves() {
+    // Logits, losses and gradients of about 10²³ are finite; the sum of their squares is more than f32 holds.
+    for precision in ["f32", "bf16"] {
+        let workspace = Workspace::new();
+        let path = workspace.path("base/model.safetensors");
+        edit(&path, "lm_head.weight", |x| x * 2f32.powi(80));
+        let precision = format!("train.precision={precision}");
+        let ran = workspace.run(&["train", "recipe.yaml", "--set", &precision]);
+        ran.fails(1, &["gradient norm is inf", "training cannot go on"]);
+        assert!(!workspace.path("run/adapter").exists());
+    }
+}

@@ -29,7 +29,7 @@ pub struct DoubleQuantised {
 }
 
 impl Absmax {
-    /// The scale of a block; of many, ask a [`view`](Self::view).
+    /// The scale of a block.
     pub fn get(&self, block: usize) -> f32 {
         self.view().get(block)
     }
@@ -92,7 +92,11 @@ impl DoubleQuantised {
                 false => (0.0, 0.0),
             };
             scales.push(scale);
-            codes.extend(group.iter().map(|x| nearest_signed((x - offset) * factor)));
+            codes.extend(
+                group
+                    .iter()
+                    .map(|x| nearest_signed(&[(x - offset) * factor])[0]),
+            );
         }
         Self {
             codes: codes.into(),

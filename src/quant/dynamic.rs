@@ -7,8 +7,9 @@ pub static SIGNED: [f32; 256] = signed();
 /// That of numbers without one, which has twice as many values in each decade, ascending.
 pub static UNSIGNED: [f32; 256] = unsigned();
 
-static SIGNED_MIDPOINTS: [f32; 255] = midpoints(&SIGNED);
-static UNSIGNED_MIDPOINTS: [f32; 255] = midpoints(&UNSIGNED);
+/// Half way between neighbouring codes, and no end; a tie takes the lower code.
+static SIGNED_MIDPOINTS: [f32; 256] = midpoints(&SIGNED);
+static UNSIGNED_MIDPOINTS: [f32; 256] = midpoints(&UNSIGNED);
 
 const DECADES: [f32; 7] = [1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0];
 
@@ -62,9 +63,8 @@ const fn evenly(i: usize, count: usize) -> f32 {
     exact as f32
 }
 
-/// Half way between neighbouring codes; a tie takes the lower code.
-const fn midpoints(codes: &[f32; 256]) -> [f32; 255] {
-    let mut midpoints = [0.0; 255];
+const fn midpoints(codes: &[f32; 256]) -> [f32; 256] {
+    let mut midpoints = [f32::INFINITY; 256];
     let mut i = 0;
     while i < 255 {
         midpoints[i] = (codes[i] + codes[i + 1]) / 2.0;
@@ -73,28 +73,30 @@ const fn midpoints(codes: &[f32; 256]) -> [f32; 255] {
     midpoints
 }
 
-/// The code of [`SIGNED`] nearest to `x`.
+/// The code of [`SIGNED`] nearest to each number.
 #[inline(always)]
-pub fn nearest_signed(x: f32) -> u8 {
-    nearest(&SIGNED_MIDPOINTS, x)
+pub fn nearest_signed<const N: usize>(values: &[f32; N]) -> [u8; N] {
+    nearest(&SIGNED_MIDPOINTS, values)
 }
 
-/// The code of [`UNSIGNED`] nearest to `x`.
+/// The code of [`UNSIGNED`] nearest to each number.
 #[inline(always)]
-pub fn nearest_unsigned(x: f32) -> u8 {
-    nearest(&UNSIGNED_MIDPOINTS, x)
+pub fn nearest_unsigned<const N: usize>(values: &[f32; N]) -> [u8; N] {
+    nearest(&UNSIGNED_MIDPOINTS, values)
 }
 
-/// How many midpoints lie below `x`, by halves and without branches.
+/// How many midpoints lie below each number: by halves, for all numbers before the next half and without
+/// branches or checks, so that it becomes vector code.
 #[inline(always)]
-fn nearest(midpoints: &[f32; 255], x: f32) -> u8 {
-    let (mut below, mut half) = (0, 128);
-    while half > 0 {
-        // `below + half` is 255 at most, so that the midpoint before it exists.
-        below += half * usize::from(midpoints[below + half - 1] < x);
-        half /= 2;
+fn nearest<const N: usize>(midpoints: &[f32; 256], values: &[f32; N]) -> [u8; N] {
+    let mut below = [0u32; N];
+    for half in [128, 64, 32, 16, 8, 4, 2, 1] {
+        for (below, x) in below.iter_mut().zip(values) {
+            let middle = midpoints[(*below + half - 1) as usize & 255];
+            *below += half * u32::from(middle < *x);
+        }
     }
-    below as u8
+    below.map(|below| below as u8)
 }
 
 #[cfg(test)]
@@ -115,18 +117,19 @@ mod tests {
 
     #[test]
     fn the_code_nearest() {
-        type Nearest = fn(f32) -> u8;
+        type Nearest = fn(&[f32; 1]) -> [u8; 1];
         let books: [(_, _, Nearest); 2] = [
             (&SIGNED, &SIGNED_MIDPOINTS, nearest_signed),
             (&UNSIGNED, &UNSIGNED_MIDPOINTS, nearest_unsigned),
         ];
         for (book, midpoints, nearest) in books {
+            let nearest = |x: f32| usize::from(nearest(&[x])[0]);
             for (code, value) in book.iter().enumerate() {
-                assert_eq!(usize::from(nearest(*value)), code);
+                assert_eq!(nearest(*value), code);
             }
-            for (code, midpoint) in midpoints.iter().enumerate() {
-                assert_eq!(usize::from(nearest(*midpoint)), code, "a tie goes down");
-                assert_eq!(usize::from(nearest(midpoint.next_up())), code + 1);
+            for (code, midpoint) in midpoints[..255].iter().enumerate() {
+                assert_eq!(nearest(*midpoint), code, "a tie goes down");
+                assert_eq!(nearest(midpoint.next_up()), code + 1);
             }
             assert_eq!((nearest(-2.0), nearest(2.0)), (0, 255));
         }

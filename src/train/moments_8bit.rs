@@ -45,8 +45,8 @@ impl Moments8 {
             absmax: vec![0.0; n.div_ceil(BLOCK)],
         };
         Self {
-            first: moment(nearest_signed(0.0)),
-            second: moment(nearest_unsigned(0.0)),
+            first: moment(nearest_signed(&[0.0])[0]),
+            second: moment(nearest_unsigned(&[0.0])[0]),
         }
     }
 
@@ -108,8 +108,8 @@ impl pulp::NullaryFnOnce for Block<'_> {
         for ((value, gradient), (m, v)) in values.zip(m.iter_mut().zip(&mut v)) {
             self.factors.step(value, *gradient, m, v);
         }
-        *m_max = encode(&m, m_codes, nearest_signed);
-        *v_max = encode(&v, v_codes, nearest_unsigned);
+        *m_max = encode(&mut m, m_codes, nearest_signed);
+        *v_max = encode(&mut v, v_codes, nearest_unsigned);
     }
 }
 
@@ -123,15 +123,18 @@ fn decode(codes: &[u8], absmax: f32, book: &[f32; 256], out: &mut [f32; BLOCK]) 
 /// The codes of a block, which has as many numbers as codes; returns its scale. Where its reciprocal is no
 /// number, the block counts as zeros.
 #[inline(always)]
-fn encode(values: &[f32; BLOCK], codes: &mut [u8], nearest: impl Fn(f32) -> u8) -> f32 {
+fn encode(
+    values: &mut [f32; BLOCK],
+    codes: &mut [u8],
+    nearest: impl Fn(&[f32; BLOCK]) -> [u8; BLOCK],
+) -> f32 {
     let absmax = (values[..codes.len()].iter()).fold(0f32, |most, x| most.max(x.abs()));
     let reciprocal = 1.0 / absmax;
     let (absmax, factor) = match reciprocal.is_finite() {
         true => (absmax, reciprocal),
         false => (0.0, 0.0),
     };
-    for (code, x) in codes.iter_mut().zip(values) {
-        *code = nearest(x * factor);
-    }
+    values.iter_mut().for_each(|x| *x *= factor);
+    codes.copy_from_slice(&nearest(values)[..codes.len()]);
     absmax
 }
