@@ -6,6 +6,7 @@ use std::path::Path;
 
 use burn::tensor::Device;
 use half::{bf16, f16};
+use lorafit::model::kept::{Form, KeptTensor, kept_tensors};
 use lorafit::model::weights::Weights;
 use lorafit::model::{CausalLm, Keep, Storage, Tokens};
 use lorafit::quant::blocks::BlockKind;
@@ -164,14 +165,15 @@ fn logits_are_those_of_the_dequantised_file() {
     for (architecture, first) in [("llama", 0), ("llama", 5), ("llama", 9), ("qwen2", 3)] {
         write_model(architecture, first, &path);
         let weights = Weights::open(&path).unwrap();
+        let keep = |gguf_blocks: bool| Keep {
+            storage: Storage::AsStored,
+            gguf_blocks,
+            ..Keep::default()
+        };
+        let config = || weights.config().unwrap();
         let load = |gguf_blocks: bool| {
-            let keep = Keep {
-                storage: Storage::AsStored,
-                gguf_blocks,
-                ..Keep::default()
-            };
-            let config = weights.config().unwrap();
-            CausalLm::load_as(&weights, config, &Device::flex(), keep).unwrap()
+            let keep = keep(gguf_blocks);
+            CausalLm::load_as(&weights, config(), &Device::flex(), keep).unwrap()
         };
         let ids: Vec<i32> = (0..80).map(|i| i * 37 % VOCABULARY as i32).collect();
         let tokens = Tokens {
@@ -184,6 +186,17 @@ fn logits_are_those_of_the_dequantised_file() {
         let (mut kept, mut whole) = (load(true), load(false));
         let quantised = kept.quantised_parameters();
         assert!(quantised > 0 && whole.quantised_parameters() == 0);
+        let planned = kept_tensors(&config(), keep(true), |name| weights.dtype(name));
+        let blocks = planned.iter().filter(|tensor| tensor.form == Form::Blocks);
+        assert_eq!(
+            blocks.clone().map(KeptTensor::len).sum::<u64>(),
+            quantised as u64
+        );
+        assert!(
+            blocks
+                .into_iter()
+                .all(|tensor| (tensor.bytes, tensor.loading) == (0, 0))
+        );
         let want: Vec<f64> = logits(&whole).into_iter().map(f64::from).collect();
         let off = distance(&logits(&kept), &want);
         assert!(off <= tolerance::LOGITS, "{architecture} {first}: {off}");

@@ -2,13 +2,14 @@
 
 use burn::tensor::Device;
 
-use super::prepare::{AdapterChoice, Prepared};
+use super::choice;
+use super::prepare::Prepared;
 use crate::adapter::inject::{self, Init};
 use crate::kernels::is_cpu;
 use crate::model::quant_cache::{Cached, QuantCache};
 use crate::model::weights::{Weights, WeightsError};
-use crate::model::{CausalLm, Keep, Storage, names};
-use crate::recipe::{Precision, Quantization};
+use crate::model::{CausalLm, Keep, Storage};
+use crate::recipe::Quantization;
 
 impl Prepared {
     /// Loads the base model onto a device, with its adapters injected or all weights trainable. `not_kept` is
@@ -47,7 +48,7 @@ impl Prepared {
         not_kept: &mut dyn FnMut(String),
     ) -> Result<CausalLm, WeightsError> {
         let base = &self.plan.base;
-        let in_f32 = |name: &str| self.changes(name);
+        let in_f32 = |name: &str| choice::changes(self.adapter.as_ref(), &self.config, name);
         let cached = base.quantization.scheme().and_then(|scheme| {
             let cache = QuantCache::new(base.cache_dir.clone(), base.cache_limit)?;
             Some(cache.of_base(weights, &self.config, scheme, &in_f32))
@@ -67,34 +68,9 @@ impl Prepared {
     }
 
     /// How the frozen matrices are kept.
-    ///
-    /// `auto` rounds nothing: on the processor, 16 bits cost no time, as its kernels read them as they
-    /// are.
     pub fn storage(&self, device: &Device) -> Storage {
-        match self.plan.train.precision {
-            Precision::Auto if self.adapter.is_some() && is_cpu(device) => Storage::AsStored,
-            Precision::Auto | Precision::F32 => Storage::F32,
-            Precision::Bf16 => Storage::Bf16,
-            Precision::F16 => Storage::F16,
-        }
-    }
-
-    /// Whether a tensor of the base trains, or loses a part to its adapter at first.
-    fn changes(&self, name: &str) -> bool {
-        let Some(AdapterChoice {
-            config, modules, ..
-        }) = &self.adapter
-        else {
-            return true;
-        };
-        let module = name.strip_suffix(".weight").unwrap_or(name);
-        // A head that is the embedding's twin is copied from it.
-        let is_twin = self.config.tie_word_embeddings && module == names::EMBEDDING;
-        let changes = |module: &str| {
-            let adapted = || modules.iter().any(|chosen| chosen.module == module);
-            config.saves(module) || (config.taken_out().is_some() && adapted())
-        };
-        changes(module) || (is_twin && changes(names::HEAD))
+        let adapts = self.adapter.is_some();
+        choice::storage(self.plan.train.precision, adapts, is_cpu(device))
     }
 
     /// Gives each new token the mean of the rows of the tokens that it takes the place of.

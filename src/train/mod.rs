@@ -6,13 +6,16 @@
 //! reports meanwhile.
 
 pub mod adamw;
+pub mod choice;
 pub mod event;
 pub mod finish;
+pub mod heap;
 mod load;
 pub mod loss_scale;
 pub mod memory;
 pub mod moments_8bit;
 pub mod optimizer;
+pub mod out_of_memory;
 pub mod prepare;
 pub mod recompute;
 pub mod run_dir;

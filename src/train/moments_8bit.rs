@@ -52,8 +52,12 @@ impl Moments8 {
 
     /// Bytes that they take.
     pub fn bytes(&self) -> usize {
-        let bytes = |moment: &Moment8| moment.codes.len() + 4 * moment.absmax.len();
-        bytes(&self.first) + bytes(&self.second)
+        Self::bytes_of(self.first.codes.len())
+    }
+
+    /// Bytes that those of `n` numbers take: a code each, and a scale for each block.
+    pub fn bytes_of(n: usize) -> usize {
+        2 * (n + size_of::<f32>() * n.div_ceil(BLOCK))
     }
 
     /// Takes a step, by all threads.
