@@ -210,7 +210,8 @@ impl<'a> TensorReader<'a> {
             name: name.to_string(),
             source,
         })?;
-        Ok(Weight::Quantised(Arc::new(QuantWeight { matrix, in_bf16 })))
+        let weight = QuantWeight::new(matrix, in_bf16, &self.device);
+        Ok(Weight::Quantised(Arc::new(weight)))
     }
 
     /// The linear layer of a router: no adapter of linear layers counts it, and it is kept in f32, as
