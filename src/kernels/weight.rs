@@ -3,6 +3,8 @@
 use std::sync::Arc;
 
 use burn::tensor::{Device, Tensor, TensorData};
+#[cfg(feature = "gpu")]
+use burn_cubecl::tensor::CubeTensor;
 
 #[cfg(feature = "gpu")]
 use super::cube::Packed;
@@ -46,7 +48,7 @@ impl QuantWeight {
     /// host's; GGUF's blocks stay, and are dequantised and sent at each use.
     pub fn new(matrix: QuantMatrix, in_bf16: bool, device: &Device) -> Self {
         #[cfg(feature = "gpu")]
-        if let Some(packed) = Packed::send(&matrix, device) {
+        if let Some(packed) = Packed::send(&matrix, in_bf16, device) {
             let values = Place::Device(packed);
             return Self { values, in_bf16 };
         }
@@ -74,6 +76,15 @@ impl QuantWeight {
             Place::Host(matrix) => matrix,
             #[cfg(feature = "gpu")]
             Place::Device(_) => unreachable!("the CPU multiplies weights that were loaded for it"),
+        }
+    }
+
+    /// For the kernels of a GPU, where `like` is. What is not there is dequantised and sent.
+    #[cfg(feature = "gpu")]
+    pub(super) fn on_device(&self, like: &CubeTensor) -> Packed {
+        match &self.values {
+            Place::Host(matrix) => Packed::dequantised(matrix, self.in_bf16, like),
+            Place::Device(packed) => packed.clone(),
         }
     }
 

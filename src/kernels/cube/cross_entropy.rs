@@ -14,8 +14,9 @@ use super::{contiguous, cube_sum, cubes, dims, empty, zeros};
 use crate::kernels::LogitShape;
 use crate::kernels::cross_entropy::{BIAS, LossAndGradients, PARTS, Parts, labelled_rows};
 
-/// Logits held at once: 64 MiB, so that a chunk of the largest vocabularies still has 64 rows and more.
-const CHUNK_LOGITS: usize = 16 << 20;
+/// Logits held at once: 64 MiB, so that a chunk of the largest vocabularies still has 64 rows and more; few
+/// in unit tests, so that they take several chunks.
+const CHUNK_LOGITS: usize = if cfg!(test) { 1 << 13 } else { 16 << 20 };
 /// Units that work on one row together.
 const UNITS: u32 = 256;
 /// Below all logits.

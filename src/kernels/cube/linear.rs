@@ -10,16 +10,16 @@ use super::product::{Low, Product, Side};
 use super::{contiguous, dims, empty, zeros};
 use crate::kernels::linear::filled;
 use crate::kernels::lora_linear::Saved;
-use crate::kernels::{QuantWeight, Quantised};
+use crate::kernels::Quantised;
 
-/// The weight as products read it; `like` is on its device.
-fn matrix(weight: CubeTensor, quantised: &Quantised) -> Packed {
-    match quantised.as_deref().map(QuantWeight::on_device) {
+/// The weight as products read it; the tensor is empty where it is quantised.
+fn matrix((weight, quantised): (CubeTensor, Quantised)) -> Packed {
+    match quantised {
         None => {
             let cols = dims(&weight)[1];
             Packed::dense(weight, cols)
         }
-        Some(packed) => packed,
+        Some(quantised) => quantised.on_device(&weight),
     }
 }
 
@@ -31,7 +31,7 @@ pub(super) fn forward(
 ) -> CubeTensor {
     let x = contiguous(x);
     let [n, input] = dims(&x);
-    let weight = matrix(weight.0, &weight.1);
+    let weight = matrix(weight);
     let out = weight.rows / (groups.len() - 1);
     let y = empty(&x, [n, out]);
     for (group, rows) in filled(groups) {
@@ -53,7 +53,7 @@ pub(super) fn backward(
 ) -> CubeTensor {
     let grad = contiguous(grad);
     let [n, out] = dims(&grad);
-    let weight = matrix(weight.0, &weight.1);
+    let weight = matrix(weight);
     let dx = empty(&grad, [n, weight.cols]);
     for (group, rows) in filled(groups) {
         let product = Product {
@@ -77,7 +77,7 @@ pub(super) fn lora_forward(
     let x = contiguous(x);
     let [n, input] = dims(&x);
     let rank = dims(&factors[1])[1];
-    let weight = matrix(weight.0, &weight.1);
+    let weight = matrix(weight);
     let out = weight.rows / (groups.len() - 1);
     let [a, b] = factors.map(|factor| {
         let cols = dims(&factor)[1];
@@ -129,7 +129,7 @@ pub(super) fn lora_backward(
     let x_matrix = Packed::dense(x, input);
     let g_low = empty(&grad, [n, rank]); // s · g B
     let dx = wants_x.then(|| {
-        let weight = matrix(saved.weight.0, &saved.weight.1);
+        let weight = matrix(saved.weight);
         (weight, empty(&grad, [n, input]))
     });
     for (group, rows) in filled(groups) {

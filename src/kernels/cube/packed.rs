@@ -1,18 +1,20 @@
 //! A matrix in device memory as the kernels read it: dense or quantised, in 32-bit words, as not every
 //! device has the types of fewer bits.
 
-use burn::backend::{Backend, DType, TensorMetadata};
-use burn::tensor::{Bytes, Device, Tensor};
+use burn::backend::ops::FloatTensorOps;
+use burn::backend::{DType, TensorMetadata};
+use burn::tensor::{Bytes, Device, FloatDType, Tensor, TensorData};
 use burn_cubecl::tensor::CubeTensor;
 use burn_cubecl::{CubeBackend, CubeDevice};
 use cubecl::prelude::*;
 
-use super::{UNITS, contiguous, cubes, empty};
+use super::contiguous;
+use super::unpack::LayoutLaunch;
 use crate::quant::absmax::{self, Absmax};
 use crate::quant::int8::Int8;
 use crate::quant::matrix::Values;
-use crate::quant::nf4::{self, Nf4};
-use crate::quant::{QuantMatrix, nf4::CODEBOOK};
+use crate::quant::nf4::{self, CODEBOOK, Nf4};
+use crate::quant::QuantMatrix;
 
 /// What the words stand for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -34,15 +36,15 @@ pub(crate) enum Kind {
 }
 
 /// Words of NF4's code book.
-const TABLE: usize = CODEBOOK.len();
+pub(super) const TABLE: usize = CODEBOOK.len();
 /// Words of the code book of quantised scales.
 const SCALE_TABLE: usize = 256;
 /// Scales that share one of their own.
-const SCALE_GROUP: usize = 256;
+pub(super) const SCALE_GROUP: usize = 256;
 
 impl Kind {
     /// Where the codes begin.
-    const fn codes_at(self) -> usize {
+    pub(super) const fn codes_at(self) -> usize {
         match self {
             Self::Nf4 => TABLE,
             Self::Nf4Double => TABLE + SCALE_TABLE,
@@ -51,7 +53,7 @@ impl Kind {
     }
 
     /// Whether numbers are looked up.
-    const fn has_table(self) -> bool {
+    pub(super) const fn has_table(self) -> bool {
         matches!(self, Self::Nf4 | Self::Nf4Double)
     }
 
@@ -69,10 +71,12 @@ impl Kind {
 /// A matrix `[rows, cols]` in device memory.
 #[derive(Debug, Clone)]
 pub struct Packed {
-    words: CubeTensor,
+    pub(super) words: CubeTensor,
     pub(super) kind: Kind,
     pub(super) rows: usize,
     pub(super) cols: usize,
+    /// Whether it may be multiplied in bf16, both factors rounded.
+    pub(super) in_bf16: bool,
 }
 
 impl Packed {
@@ -85,17 +89,40 @@ impl Packed {
             other => unreachable!("weights are floats of 16 or 32 bits, not {other:?}"),
         };
         let rows = tensor.shape().num_elements() / cols.max(1);
+        if kind != Kind::F32 && !tensor.is_contiguous() {
+            return Self::dense(without_gaps(tensor), cols);
+        }
         Self {
             words: contiguous(tensor),
             kind,
             rows,
             cols,
+            in_bf16: kind == Kind::Bf16,
+        }
+    }
+
+    /// A quantised matrix in f32 on the device of `like`.
+    pub(in crate::kernels) fn dequantised(
+        matrix: &QuantMatrix,
+        in_bf16: bool,
+        like: &CubeTensor,
+    ) -> Self {
+        let [rows, cols] = matrix.shape();
+        let values = TensorData::new(matrix.dequantised(), [rows * cols]);
+        let values = CubeBackend::float_from_data(values, &like.device);
+        Self {
+            in_bf16,
+            ..Self::dense(values, cols)
         }
     }
 
     /// Sends a quantised matrix to a device; `None` where it is of a kind that no kernel reads, or the
     /// device is the processor.
-    pub(in crate::kernels) fn send(matrix: &QuantMatrix, device: &Device) -> Option<Self> {
+    pub(in crate::kernels) fn send(
+        matrix: &QuantMatrix,
+        in_bf16: bool,
+        device: &Device,
+    ) -> Option<Self> {
         let device = cube_device(device)?;
         let [rows, cols] = matrix.shape();
         let (kind, words) = match matrix.values() {
@@ -111,6 +138,7 @@ impl Packed {
             kind,
             rows,
             cols,
+            in_bf16,
         })
     }
 
@@ -121,7 +149,7 @@ impl Packed {
 
     /// All of it in f32.
     pub(in crate::kernels) fn in_f32(&self) -> Tensor<2> {
-        Tensor::from_primitive::<CubeBackend>(self.widened())
+        Tensor::from_primitive::<CubeBackend>(super::unpack::widened(self))
     }
 
     /// The buffer, for a kernel.
@@ -151,29 +179,17 @@ impl Packed {
             groups_at + blocks.div_ceil(SCALE_GROUP),
         )
     }
+}
 
-    /// See [`Packed::in_f32`].
-    pub(super) fn widened(&self) -> CubeTensor {
-        let y = empty(&self.words, [self.rows, self.cols]);
-        let quads = self.rows * self.cols.div_ceil(4);
-        if quads == 0 {
-            return y;
-        }
-        let client = y.client.clone();
-        // SAFETY: quads end at the matrix's last, and their numbers are those of y.
-        unsafe {
-            widen_kernel::launch_unchecked(
-                &client,
-                cubes(quads.div_ceil(UNITS as usize)),
-                CubeDim::new_1d(UNITS),
-                self.argument(),
-                y.clone().into_buffer_arg(),
-                self.layout(),
-                self.kind,
-            );
-        }
-        y
-    }
+/// A matrix of 16 bits that is another's transpose, in f32 and contiguous: burn's own copy would need
+/// the type.
+fn without_gaps(tensor: CubeTensor) -> CubeTensor {
+    let own = CubeBackend::float_swap_dims(tensor, 0, 1);
+    let own = match own.is_contiguous() {
+        true => super::unpack::in_f32(own),
+        false => CubeBackend::float_cast(own, FloatDType::F32),
+    };
+    contiguous(CubeBackend::float_swap_dims(own, 0, 1))
 }
 
 /// The device as the GPU backend knows it; `None` for the processor.
@@ -243,167 +259,3 @@ fn little_endian(bytes: &[u8]) -> u32 {
     u32::from_le_bytes(word)
 }
 
-/// Where what is in the words.
-#[derive(CubeType, CubeLaunch, Clone, Copy)]
-pub(crate) struct Layout {
-    rows: usize,
-    cols: usize,
-    /// Words of a row, where rows are padded.
-    row_words: usize,
-    scales_at: usize,
-    /// Of scales' scales.
-    groups_at: usize,
-    /// Of what is added to all scales.
-    offset_at: usize,
-}
-
-/// Places for NF4's code book, filled where it is needed, for [`quad`]; a barrier is up to the caller.
-#[cube]
-pub(super) fn table(words: &[u32], #[comptime] kind: Kind) -> Shared<[f32]> {
-    let mut table = Shared::<[f32]>::new_slice(comptime!(TABLE));
-    if comptime!(kind.has_table()) {
-        let unit = UNIT_POS_X as usize;
-        if unit < comptime!(TABLE) {
-            table[unit] = f32::reinterpret(words[unit]);
-        }
-    }
-    table
-}
-
-/// The numbers of a row from a column on that is a multiple of four; those past the row's end are not
-/// defined, but nothing is read past the buffer's.
-#[cube]
-pub(super) fn quad(
-    words: &[u32],
-    table: &Shared<[f32]>,
-    row: usize,
-    col: usize,
-    layout: &Layout,
-    numbers: &mut Array<f32>,
-    #[comptime] kind: Kind,
-) {
-    match comptime!(kind) {
-        Kind::F32 => {
-            let start = row * layout.cols + col;
-            #[unroll]
-            for i in 0..4usize {
-                if col + i < layout.cols {
-                    numbers[i] = f32::reinterpret(words[start + i]);
-                }
-            }
-        }
-        Kind::F16 => {
-            let start = row * layout.cols + col;
-            #[unroll]
-            for i in 0..4usize {
-                if col + i < layout.cols {
-                    numbers[i] = f16_number(half(words, start + i));
-                }
-            }
-        }
-        Kind::Bf16 => {
-            let start = row * layout.cols + col;
-            #[unroll]
-            for i in 0..4usize {
-                if col + i < layout.cols {
-                    numbers[i] = f32::reinterpret(half(words, start + i) << 16u32);
-                }
-            }
-        }
-        Kind::Nf4 | Kind::Nf4Double => {
-            let word = words[comptime!(kind.codes_at()) + row * layout.row_words + col / 8];
-            let codes = word >> ((col % 8) as u32 * 4u32);
-            let start = row * layout.cols + col;
-            // Of two blocks at most, as they are longer than four numbers.
-            let block = start / comptime!(nf4::BLOCK);
-            let last = (start + 3) / comptime!(nf4::BLOCK);
-            let first = scale(words, block, layout, kind);
-            let mut other = first;
-            if last > block {
-                other = scale(words, last, layout, kind);
-            }
-            #[unroll]
-            for i in 0..4usize {
-                let code = (codes >> comptime!(4 * i as u32)) & 15u32;
-                let mut scale = first;
-                if (start + i) / comptime!(nf4::BLOCK) > block {
-                    scale = other;
-                }
-                numbers[i] = table[code as usize] * scale;
-            }
-        }
-        Kind::Int8 => {
-            let word = words[row * layout.row_words + col / 4];
-            let scale = f32::reinterpret(words[layout.scales_at + row]);
-            #[unroll]
-            for i in 0..4usize {
-                let code = i32::reinterpret(word << comptime!(24 - 8 * i as u32)) >> 24i32;
-                // First by 1 / 127, so that ±127 gives ± the scale itself.
-                numbers[i] = f32::cast_from(code) * (1.0f32 / 127.0f32) * scale;
-            }
-        }
-    }
-}
-
-/// A number of 16 bits.
-#[cube]
-fn half(words: &[u32], at: usize) -> u32 {
-    (words[at / 2] >> ((at % 2) as u32 * 16u32)) & 0xffffu32
-}
-
-/// The number that an f16's bits stand for, if it is finite.
-#[cube]
-fn f16_number(bits: u32) -> f32 {
-    let magnitude = bits & 0x7fffu32;
-    // Below 2^-14 the bits count 2^-24s; as an f32's they would be flushed to zero.
-    let small = f32::cast_from(magnitude) * 5.960_464_5e-8f32;
-    // The exponent of f32 is larger by 112 for the same power of two.
-    let normal = f32::reinterpret((magnitude << 13u32) + (112u32 << 23u32));
-    let mut number = normal;
-    if magnitude < 1024u32 {
-        number = small;
-    }
-    if bits > 0x7fffu32 {
-        number = -number;
-    }
-    number
-}
-
-/// The scale of a block of NF4.
-#[cube]
-fn scale(words: &[u32], block: usize, layout: &Layout, #[comptime] kind: Kind) -> f32 {
-    match comptime!(kind) {
-        Kind::Nf4Double => {
-            let codes = words[layout.scales_at + block / 4];
-            let code = (codes >> ((block % 4) as u32 * 8u32)) & 255u32;
-            let code = f32::reinterpret(words[comptime!(TABLE) + code as usize]);
-            let group = words[layout.groups_at + block / comptime!(SCALE_GROUP)];
-            code * f32::reinterpret(group) + f32::reinterpret(words[layout.offset_at])
-        }
-        _ => f32::reinterpret(words[layout.scales_at + block]),
-    }
-}
-
-/// The whole matrix in f32.
-#[cube(launch_unchecked, create_dummy_kernel)]
-pub(crate) fn widen_kernel(
-    words: &[u32],
-    y: &mut [f32],
-    layout: &Layout,
-    #[comptime] kind: Kind,
-) {
-    let table = table(words, kind);
-    sync_cube();
-    let quads = layout.cols.div_ceil(4);
-    let (row, col) = (ABSOLUTE_POS / quads, ABSOLUTE_POS % quads * 4);
-    if row < layout.rows {
-        let mut numbers = Array::<f32>::new(4usize);
-        quad(words, &table, row, col, layout, &mut numbers, kind);
-        #[unroll]
-        for i in 0..4usize {
-            if col + i < layout.cols {
-                y[row * layout.cols + col + i] = numbers[i];
-            }
-        }
-    }
-}

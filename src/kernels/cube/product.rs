@@ -8,7 +8,9 @@
 use burn_cubecl::tensor::CubeTensor;
 use cubecl::prelude::*;
 
-use super::packed::{Kind, Layout, Packed, quad, table};
+use super::packed::{Kind, Packed};
+use super::unpack::{Layout, quad, table};
+use super::tensor_cores;
 
 /// Units of a cube, in a square of 16 × 16.
 const UNITS: u32 = 256;
@@ -66,17 +68,17 @@ impl Spec {
 #[derive(CubeType, CubeLaunch, Clone, Copy)]
 pub(crate) struct Sizes {
     /// Rows of the result.
-    m: usize,
+    pub(super) m: usize,
     /// Columns of the result.
-    n: usize,
+    pub(super) n: usize,
     /// Inner dimension.
-    k: usize,
-    /// First row of x; of x's columns, if it is transposed.
-    x_first: usize,
+    pub(super) k: usize,
+    /// First row of x.
+    pub(super) x_first: usize,
     /// First row of the matrix.
-    w_first: usize,
+    pub(super) w_first: usize,
     /// First row of the result.
-    y_first: usize,
+    pub(super) y_first: usize,
     /// Inner dimension of the low-rank part.
     rank: usize,
     /// First row of its second factor.
@@ -368,6 +370,11 @@ impl<'a> Product<'a> {
         if m == 0 || n == 0 {
             return;
         }
+        let client = y.client.clone();
+        let fits = !self.x_transposed && !self.onto && k.is_multiple_of(4);
+        if self.matrix.in_bf16 && fits && tensor_cores::available(&client) {
+            return self.write_on_tensor_cores(y, y_first, [m, n, k]);
+        }
         let spec = Spec {
             kind: self.matrix.kind,
             side: self.side,
@@ -390,7 +397,6 @@ impl<'a> Product<'a> {
         let (rank, up_first) = self.low.as_ref().map_or((0, 0), |l| (l.rank, l.up_first));
         let (w_first, x_first) = (self.w_first, self.x_first);
         let sizes = SizesLaunch::new(m, n, k, x_first, w_first, y_first, rank, up_first);
-        let client = y.client.clone();
         // SAFETY: the kernel reads and writes below m, n, k and rank, past the first rows, and the
         // caller says that those are in the tensors; quads stay in their buffer.
         unsafe {
@@ -410,6 +416,41 @@ impl<'a> Product<'a> {
                 self.low.as_ref().map_or(0.0, |low| low.scale),
                 spec,
             );
+        }
+    }
+
+    /// [`Product::write`] in bf16, but for the low-rank part.
+    fn write_on_tensor_cores(self, y: &CubeTensor, y_first: usize, [m, n, k]: [usize; 3]) {
+        let spec = tensor_cores::Spec {
+            kind: self.matrix.kind,
+            side: self.side,
+        };
+        let count = [n, m].map(|size| size.div_ceil(tensor_cores::TILE) as u32);
+        let sizes = SizesLaunch::new(m, n, k, self.x_first, self.w_first, y_first, 0, 0);
+        // SAFETY: as in `write`; rows of x are whole vectors.
+        unsafe {
+            tensor_cores::tensor_core_kernel::launch_unchecked(
+                &y.client,
+                CubeCount::Static(count[0], count[1], 1),
+                CubeDim::new_1d(tensor_cores::UNITS),
+                self.x.clone().into_buffer_arg(),
+                self.matrix.argument(),
+                y.clone().into_buffer_arg(),
+                sizes,
+                self.matrix.layout(),
+                self.scale,
+                spec,
+            );
+        }
+        if let Some(low) = self.low {
+            let product = Product {
+                x_first: self.x_first,
+                w_first: low.up_first,
+                scale: low.scale,
+                onto: true,
+                ..Product::new(low.low, low.up, self.side)
+            };
+            product.write(y, y_first, [m, n, low.rank]);
         }
     }
 }

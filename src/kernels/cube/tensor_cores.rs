@@ -11,8 +11,9 @@ use cubecl::cmma;
 use cubecl::prelude::*;
 use half::bf16;
 
-use super::packed::{Kind, Layout, quad, table};
+use super::packed::Kind;
 use super::product::{Side, Sizes};
+use super::unpack::{Layout, quad, table};
 
 /// Units of a cube: eight planes of 32, two down and four across.
 pub(super) const UNITS: u32 = 256;
@@ -71,7 +72,7 @@ pub(super) fn available(client: &Client) -> bool {
     fitting.next().is_some() && planes == [32; 2]
 }
 
-/// `y = x W`, W transposed or not; x's columns are a multiple of four.
+/// `y = scale · x W`, W transposed or not; x's columns are a multiple of four.
 #[cube(launch_unchecked, create_dummy_kernel)]
 pub(crate) fn tensor_core_kernel(
     x: &[Vector<f32, Four>],
@@ -79,6 +80,7 @@ pub(crate) fn tensor_core_kernel(
     y: &mut [f32],
     sizes: &Sizes,
     layout: &Layout,
+    scale: f32,
     #[comptime] spec: Spec,
 ) {
     let x_row = comptime!(DEPTH / 4 + PAD);
@@ -108,7 +110,7 @@ pub(crate) fn tensor_core_kernel(
     let slices = sizes.k.div_ceil(comptime!(DEPTH));
     for slice in 0..slices {
         let first = slice * comptime!(DEPTH);
-        load_rows(x, sizes, first, &mut xs);
+        load_rows(x, sizes, first, scale, &mut xs);
         load_matrix(w, &table, layout, sizes, first, &mut ws, spec);
         sync_cube();
         multiply(&xs, &ws, &sums, top, left, spec);
@@ -123,6 +125,7 @@ fn load_rows(
     x: &[Vector<f32, Four>],
     sizes: &Sizes,
     first: usize,
+    scale: f32,
     xs: &mut Shared<[Vector<bf16, Four>]>,
 ) {
     let across = comptime!(DEPTH / 4);
@@ -135,7 +138,7 @@ fn load_rows(
         let mut numbers = Vector::<f32, Four>::new(0.0f32);
         if corner + row < sizes.m && first + inner * 4 < sizes.k {
             let start = (sizes.x_first + corner + row) * (sizes.k / 4);
-            numbers = x[start + first / 4 + inner];
+            numbers = x[start + first / 4 + inner] * Vector::new(scale);
         }
         xs[row * comptime!(DEPTH / 4 + PAD) + inner] = Vector::cast_from(numbers);
     }
