@@ -206,6 +206,42 @@ fn describe(device: &Device) -> (String, bool) {
     (format!("{device:?}"), false)
 }
 
+/// What WebGPU finds, software renderers included, for tests and benches of the GPU's kernels.
+///
+/// # Errors
+/// Why there is none.
+pub fn webgpu() -> Result<Available, String> {
+    if let Some(found) = available(DeviceKind::WebGpu).into_iter().next() {
+        return Ok(found);
+    }
+    #[cfg(feature = "webgpu")]
+    {
+        // Not listed everywhere. Opening a device that is not there panics in cubecl.
+        let mut found = without_panic(|| {
+            let device = Device::wgpu(burn::tensor::DeviceKind::Cpu);
+            let one = Tensor::<1>::from_floats([1.0], &device);
+            vec![(to_vec(one.add_scalar(1.0)), device)]
+        });
+        if let Some((two, device)) = found.pop() {
+            let spec = DeviceSpec {
+                kind: DeviceKind::WebGpu,
+                index: None,
+            };
+            let name = "the software renderer".to_string();
+            return match two == [2.0] {
+                true => Ok(Available {
+                    spec,
+                    name,
+                    software: true,
+                    device,
+                }),
+                false => Err(format!("{name} adds 1 and 1 to {two:?}")),
+            };
+        }
+    }
+    Err("WebGPU finds no adapter, not even a software renderer".to_string())
+}
+
 /// Opens a device; `auto` takes the first GPU that is one, else the CPU.
 ///
 /// # Errors

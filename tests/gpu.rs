@@ -13,7 +13,7 @@ use std::sync::Arc;
 use burn::tensor::Device;
 use lorafit::data::IGNORE_INDEX;
 use lorafit::data::batch::Batch;
-use lorafit::device::{self, DeviceKind, to_vec};
+use lorafit::device::{self, to_vec};
 use lorafit::model::{CausalLm, Tokens};
 use lorafit::train::optimizer::{AdamW, AdamWConfig};
 use lorafit::train::recompute::Retain;
@@ -30,28 +30,10 @@ const TOLERANCE: f64 = 1e-4;
 /// grow with each step.
 const TRAINED_TOLERANCE: f64 = 1e-3;
 
-/// The GPU to test on, or why there is none.
-fn gpu() -> Result<(Device, String), String> {
-    if let Some(found) = device::available(DeviceKind::WebGpu).into_iter().next() {
-        return Ok((found.device, found.name));
-    }
-    // Not listed everywhere. Opening a device that is not there panics in cubecl.
-    let software = std::panic::catch_unwind(|| {
-        let device = Device::wgpu(burn::tensor::DeviceKind::Cpu);
-        let one = burn::tensor::Tensor::<1>::from_floats([1.0], &device);
-        (to_vec(one.add_scalar(1.0)), device)
-    });
-    match software {
-        Ok((two, device)) if two == [2.0] => Ok((device, "the software renderer".to_string())),
-        Ok((other, _)) => Err(format!("the software renderer adds 1 and 1 to {other:?}")),
-        Err(_) => Err("WebGPU finds no adapter, not even a software renderer".to_string()),
-    }
-}
-
 /// The GPU, or a line that says why the test is skipped (a failure where GPU tests are required).
 fn gpu_or_skip() -> Option<(Device, String)> {
-    match gpu() {
-        Ok(found) => Some(found),
+    match device::webgpu() {
+        Ok(found) => Some((found.device, found.name)),
         Err(reason) => {
             let required = std::env::var_os("LORAFIT_REQUIRE_GPU_TESTS").is_some_and(|v| v == "1");
             assert!(!required, "LORAFIT_REQUIRE_GPU_TESTS is set, but {reason}");

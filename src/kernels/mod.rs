@@ -1,8 +1,8 @@
 //! The tensor operations that matter, one file each: a plain burn *reference* that defines the
 //! arithmetic on every device, a fused CPU kernel, and its backward.
 //!
-//! A public function such as [`rms_norm()`] takes the fused kernel where the device has one (the CPU)
-//! and the reference everywhere else. Both are tested against each other, forward and gradients.
+//! A public function such as [`rms_norm()`] takes the fused kernel where the device has one (the CPU,
+//! and GPUs for what stands in `cube`) and the reference everywhere else. Both are tested against each other, forward and gradients.
 //! [`delta_rule()`] and [`causal_conv()`] have no fused kernel: they are plain operations everywhere.
 //! All of them store and compute in f32, but for frozen weights, which may be kept in 16 bits or
 //! quantised: the CPU's kernels read those as they are (see `frozen`), plain operations convert them at
@@ -14,6 +14,8 @@ mod backends;
 pub mod causal_conv;
 mod chunks;
 pub mod cross_entropy;
+#[cfg(feature = "gpu")]
+mod cube;
 pub mod delta_rule;
 pub mod expert_linear;
 mod flex;
@@ -38,6 +40,8 @@ pub use activation::{Activation, activate, clamped_swiglu, gated};
 pub use attention::attention;
 pub use causal_conv::causal_conv;
 pub use cross_entropy::{Head, LogitShape, linear_cross_entropy, shape_logits};
+#[cfg(feature = "lowering")]
+pub use cube::lowering;
 pub use delta_rule::{DeltaHeads, DeltaInputs, delta_rule};
 pub use expert_linear::{expert_linear, expert_lora_linear};
 pub use frozen::has_bf16_products;
@@ -50,7 +54,7 @@ pub use swiglu::swiglu;
 pub use weight::{QuantWeight, Quantised, Weight};
 
 /// Fused operations, routed to the backend of their tensors. Shapes stand in each kernel's file.
-#[backend_extension(Flex, Autodiff)]
+#[backend_extension(Cube: cfg(feature = "gpu"), Flex, Autodiff)]
 pub trait Kernels: Backend {
     /// See [`rms_norm()`].
     fn fused_rms_norm(
@@ -201,6 +205,11 @@ pub fn is_cpu(device: &Device) -> bool {
         device.clone().inner().as_dispatch(),
         DispatchDevice::Flex(_)
     )
+}
+
+/// Whether `device` runs the kernels that both the CPU and GPUs have.
+pub fn is_fused(device: &Device) -> bool {
+    is_cpu(device) || cfg!(feature = "gpu")
 }
 
 #[cfg(test)]

@@ -11,14 +11,14 @@ use burn::tensor::Tensor;
 use burn_flex::FlexTensor;
 use rayon::prelude::*;
 
-use super::{KernelGradients, Kernels, flex, is_cpu};
+use super::{KernelGradients, Kernels, flex, is_fused};
 
 /// `x / sqrt(mean(x²) + ε) · weight`, the mean over the last dimension, in f32.
 ///
 /// # Shapes
 /// x `[N, D]`, weight `[D]` → `[N, D]`
 pub fn rms_norm(x: Tensor<2>, weight: Tensor<1>, eps: f64) -> Tensor<2> {
-    if is_cpu(&x.device()) {
+    if is_fused(&x.device()) {
         Tensor::from_dispatch(Dispatch::fused_rms_norm(
             x.into_dispatch(),
             weight.into_dispatch(),

@@ -9,6 +9,8 @@ use crate::quant::QuantMatrix;
 
 pub(in crate::kernels) mod attention;
 mod frozen;
+#[cfg(feature = "gpu")]
+mod gpu;
 mod quantised;
 mod rope;
 

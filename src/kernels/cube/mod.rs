@@ -1,0 +1,67 @@
+//! The GPU's kernels, written once in CubeCL for CUDA, Vulkan, Metal and WebGPU: one file a kernel,
+//! with what launches it.
+//!
+//! Each takes contiguous f32 buffers, sums in f32, and writes each result from one place in one order,
+//! so that a run repeats bit for bit on a device. Kernels are launched unchecked: what keeps an index
+//! inside its buffer stands in the kernel.
+
+mod backend;
+#[cfg(feature = "lowering")]
+pub mod lowering;
+mod rms_norm;
+
+use burn::backend::{DType, TensorMetadata};
+use burn_cubecl::kernel::into_contiguous;
+use burn_cubecl::ops::numeric::empty_device_contiguous_dtype;
+use burn_cubecl::tensor::CubeTensor;
+use cubecl::prelude::*;
+
+/// Units that work on one row together.
+const UNITS: u32 = 128;
+
+/// The most cubes along one axis, by WebGPU's limits; CUDA has the same for all axes but the first.
+const MOST_CUBES: u32 = 65_535;
+
+/// One cube for each of `count` items; `CUBE_POS` counts them, and may run past the last.
+fn cubes(count: usize) -> CubeCount {
+    let count = count as u32;
+    let wide = count.clamp(1, MOST_CUBES);
+    CubeCount::Static(wide, count.div_ceil(wide).max(1), 1)
+}
+
+/// A tensor without gaps, for kernels that index its buffer.
+fn contiguous(x: CubeTensor) -> CubeTensor {
+    into_contiguous(x)
+}
+
+/// Memory for a result beside `like`, in f32, not filled.
+fn empty<const D: usize>(like: &CubeTensor, shape: [usize; D]) -> CubeTensor {
+    let (client, device) = (like.client.clone(), like.device.clone());
+    empty_device_contiguous_dtype(client, device, shape.into(), DType::F32)
+}
+
+/// Rows and columns.
+fn dims(x: &CubeTensor) -> [usize; 2] {
+    x.shape().dims()
+}
+
+/// The sum over the units of a cube, for each of them; `memory` has a place for each.
+#[cube]
+fn cube_sum(value: f32, memory: &mut Shared<[f32]>, #[comptime] units: u32) -> f32 {
+    let unit = UNIT_POS_X as usize;
+    memory[unit] = value;
+    sync_cube();
+    let mut half = comptime!((units / 2) as usize).runtime();
+    while half > 0 {
+        if unit < half {
+            let other = memory[unit + half];
+            memory[unit] += other;
+        }
+        sync_cube();
+        half /= 2;
+    }
+    let sum = memory[0];
+    // Nobody may overwrite it before all have read it.
+    sync_cube();
+    sum
+}
