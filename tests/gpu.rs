@@ -10,11 +10,13 @@ use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
 
-use burn::tensor::Device;
+use burn::tensor::{Device, Tensor};
 use lorafit::data::IGNORE_INDEX;
 use lorafit::data::batch::Batch;
 use lorafit::device::{self, to_vec};
+use lorafit::kernels::{QuantWeight, Weight, linear};
 use lorafit::model::{CausalLm, Tokens};
+use lorafit::quant::{QuantMatrix, Scheme};
 use lorafit::train::optimizer::{AdamW, AdamWConfig};
 use lorafit::train::recompute::Retain;
 use lorafit::train::step::{self, DropoutSeed};
@@ -133,6 +135,7 @@ fn a_gpu_gives_the_numbers_of_the_cpu() {
         assert_equal(&want, &got, TOLERANCE, &what);
     }
     recompute_changes_nothing(&mut on_gpu, &batch(true));
+    quantised_weights_stay_quantised(&gpu);
     let batch = batch(true);
     let (want, got) = (train(&mut on_cpu, &batch, 4), train(&mut on_gpu, &batch, 4));
     assert!(want[3] < want[0] * 0.95, "nothing was learned: {want:?}");
@@ -156,6 +159,31 @@ fn recompute_changes_nothing(model: &mut CausalLm, batch: &Batch) {
     for retain in [Retain::Inputs, Retain::InputsOnHost] {
         assert_same(&want, &run(retain), &format!("GPU, {retain:?}"));
     }
+}
+
+/// A quantised weight is multiplied, forward and backward, without ever being whole in f32.
+fn quantised_weights_stay_quantised(gpu: &Device) {
+    let shape @ [out, input] = [4096, 8192];
+    let values: Vec<f32> = (0..out * input)
+        .map(|i| (i * 7919 % 1013) as f32 / 1013.0 - 0.5)
+        .collect();
+    let matrix = QuantMatrix::quantise(&values, shape, Scheme::Nf4Double).expect("finite");
+    let reserved = || {
+        gpu.sync().expect("the device works");
+        gpu.memory_pool_usage().expect("counted").bytes_reserved
+    };
+    let before = reserved();
+    let weight = Weight::Quantised(Arc::new(QuantWeight::new(matrix, false, gpu)));
+    let x = Tensor::<2>::ones([2, input], gpu).autodiff().require_grad();
+    let y = linear(x.clone(), weight);
+    let mut gradients = y.sum().backward();
+    let gradient = x.grad_remove(&mut gradients).expect("a gradient");
+    assert_eq!(gradient.dims(), [2, input]);
+    let (grown, dense) = (reserved() - before, 4 * (out * input) as u64);
+    assert!(
+        grown < dense / 2,
+        "{grown} bytes for a weight of {dense} in f32"
+    );
 }
 
 /// Losses of the first steps of `recipes/quickstart.yaml`, as a user trains it, with another setting.

@@ -25,7 +25,7 @@ use super::{KernelGradients, Kernels, flex, in_f32, is_fused};
 /// `[V]`; R is 0 without a delta, the bias is empty where there is none.
 pub(super) const PARTS: usize = 5;
 /// The bias, which is a vector; the other parts are matrices.
-pub(super) const BIAS: usize = 4;
+const BIAS: usize = 4;
 
 /// The tensors that the loss is computed from.
 pub type Parts<B> = [FloatTensor<B>; PARTS];

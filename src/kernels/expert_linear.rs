@@ -7,8 +7,7 @@ use std::sync::Arc;
 
 use burn::tensor::Tensor;
 
-use super::linear::in_f32;
-use super::{is_fused, linear, lora_linear};
+use super::{in_f32, is_fused, linear, lora_linear};
 
 /// Each expert's rows of x times its `weight[e]ᵀ`, with a gradient for x, and for the weight where that
 /// trains.

@@ -7,7 +7,7 @@ use burn::backend::autodiff::grads::Gradients;
 use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{Autodiff, Dispatch};
-use burn::tensor::{DType, FloatDType, Tensor};
+use burn::tensor::Tensor;
 use burn_flex::FlexTensor;
 
 use super::frozen::Frozen;
@@ -46,14 +46,6 @@ pub(super) fn fused(x: Tensor<2>, weight: Weight, groups: Arc<[usize]>) -> Tenso
         quantised,
         groups,
     ))
-}
-
-/// A tensor in f32, for plain operations.
-pub fn in_f32<const D: usize>(x: Tensor<D>) -> Tensor<D> {
-    match x.dtype() {
-        DType::F32 => x,
-        _ => x.cast(FloatDType::F32),
-    }
 }
 
 /// The groups that have rows, with those rows.

@@ -16,7 +16,7 @@ use crate::data::tokenize::{ChatTokenizer, TokenizerError};
 use crate::data::{self, Dataset};
 use crate::export::sidecar::has_tokenizer;
 use crate::hub;
-use crate::kernels::is_cpu;
+use crate::kernels::is_fused;
 use crate::model::config::ModelConfig;
 use crate::model::weights::{self, Weights, WeightsError};
 use crate::model::{CausalLm, Keep, Storage, names};
@@ -435,11 +435,11 @@ impl Prepared {
 
     /// How the frozen matrices are kept.
     ///
-    /// `auto` rounds nothing: on the processor, 16 bits cost no time, as its kernels read them as they
+    /// `auto` rounds nothing: 16 bits cost no time, as the kernels of processor and GPUs read them as they
     /// are.
     pub fn storage(&self, device: &burn::tensor::Device) -> Storage {
         match self.plan.train.precision {
-            Precision::Auto if self.adapter.is_some() && is_cpu(device) => Storage::AsStored,
+            Precision::Auto if self.adapter.is_some() && is_fused(device) => Storage::AsStored,
             Precision::Auto | Precision::F32 => Storage::F32,
             Precision::Bf16 => Storage::Bf16,
             Precision::F16 => Storage::F16,

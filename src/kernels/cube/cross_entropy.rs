@@ -1,6 +1,7 @@
 //! [`linear_cross_entropy`](fn@crate::kernels::linear_cross_entropy) on GPUs: labelled rows in chunks, as
 //! on the CPU, so that logits `[N, V]` never exist; one cube turns a row of logits into their gradient.
 
+use burn::backend::TensorMetadata;
 use burn::backend::ops::{FloatTensorOps, IntTensorOps};
 use burn::backend::tensor::IndexingUpdateOp;
 use burn::tensor::{Shape, TensorData};
@@ -12,7 +13,7 @@ use super::packed::Packed;
 use super::product::{Low, Product, Side};
 use super::{contiguous, cube_sum, cubes, dims, empty, zeros};
 use crate::kernels::LogitShape;
-use crate::kernels::cross_entropy::{BIAS, LossAndGradients, PARTS, Parts, labelled_rows};
+use crate::kernels::cross_entropy::{LossAndGradients, PARTS, Parts, labelled_rows};
 
 /// Logits held at once: 64 MiB, so that a chunk of the largest vocabularies still has 64 rows and more; few
 /// in unit tests, so that they take several chunks.
@@ -87,7 +88,7 @@ fn cube_max(value: f32, memory: &mut Shared<[f32]>, #[comptime] units: u32) -> f
 /// products `[rows, V]`; targets and losses from `first` on
 #[cube(launch_unchecked, create_dummy_kernel)]
 #[expect(clippy::too_many_arguments, reason = "kernels have no other way")]
-pub(crate) fn rows_kernel(
+pub(crate) fn softmax_kernel(
     products: &mut [f32],
     bias: &[f32],
     targets: &[i32],
@@ -166,7 +167,12 @@ pub(super) fn forward(
     wants: [bool; PARTS],
 ) -> LossAndGradients<CubeBackend> {
     let mut gradients: [Option<CubeTensor>; PARTS] = std::array::from_fn(|i| {
-        wants[i].then(|| CubeBackend::float_reshape(zeros(&parts[i], [parts[i].shape().num_elements()]), parts[i].shape()))
+        wants[i].then(|| {
+            CubeBackend::float_reshape(
+                zeros(&parts[i], [parts[i].shape().num_elements()]),
+                parts[i].shape(),
+            )
+        })
     });
     let labelled = labelled_rows(targets);
     let like = parts[0].clone();
@@ -284,7 +290,7 @@ impl Sweep {
         // SAFETY: rows and columns end at those of the products, of which there are at most as many as
         // targets and losses from `first` on; targets are below V.
         unsafe {
-            rows_kernel::launch_unchecked(
+            softmax_kernel::launch_unchecked(
                 &client,
                 cubes(rows),
                 CubeDim::new_1d(UNITS),
@@ -307,4 +313,31 @@ impl Sweep {
 fn ints(values: Vec<i32>, like: &CubeTensor) -> CubeTensor {
     let n = values.len();
     CubeBackend::int_from_data(TensorData::new(values, [n]), &like.device)
+}
+
+/// With all that may become of logits, or nothing.
+#[cfg(feature = "lowering")]
+pub(super) fn sample(to: &super::lowering::Target, has: bool) -> impl CubeKernel + 'static {
+    let (rows, v) = (128, 128_256);
+    let spec = Spec {
+        has_bias: has,
+        has_cap: has,
+        wants_gradient: true,
+    };
+    softmax_kernel::create_dummy_kernel(
+        to.properties.clone(),
+        to.target.clone(),
+        cubes(rows),
+        CubeDim::new_1d(UNITS),
+        (to.buffer)(rows * v),
+        (to.buffer)(v),
+        (to.buffer)(rows),
+        (to.buffer)(rows),
+        rows,
+        v,
+        0,
+        ShapingLaunch::new(1.0, 30.0),
+        UNITS,
+        spec,
+    )
 }

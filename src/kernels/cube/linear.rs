@@ -1,16 +1,15 @@
 //! [`linear`](fn@crate::kernels::linear) and [`lora_linear`](fn@crate::kernels::lora_linear) on GPUs, group
 //! by group: a product each, which reads the weight as it is stored.
 
-use burn::backend::TensorMetadata;
 use burn_cubecl::CubeBackend;
 use burn_cubecl::tensor::CubeTensor;
 
 use super::packed::Packed;
 use super::product::{Low, Product, Side};
 use super::{contiguous, dims, empty, zeros};
+use crate::kernels::Quantised;
 use crate::kernels::linear::filled;
 use crate::kernels::lora_linear::Saved;
-use crate::kernels::Quantised;
 
 /// The weight as products read it; the tensor is empty where it is quantised.
 fn matrix((weight, quantised): (CubeTensor, Quantised)) -> Packed {

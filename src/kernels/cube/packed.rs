@@ -10,11 +10,11 @@ use cubecl::prelude::*;
 
 use super::contiguous;
 use super::unpack::LayoutLaunch;
+use crate::quant::QuantMatrix;
 use crate::quant::absmax::{self, Absmax};
 use crate::quant::int8::Int8;
 use crate::quant::matrix::Values;
 use crate::quant::nf4::{self, CODEBOOK, Nf4};
-use crate::quant::QuantMatrix;
 
 /// What the words stand for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -166,18 +166,17 @@ impl Packed {
 
     /// Where what is, for a kernel.
     pub(super) fn layout(&self) -> LayoutLaunch {
-        let row_words = self.cols.div_ceil(self.kind.in_a_word());
-        let scales_at = self.kind.codes_at() + self.rows * row_words;
-        let blocks = (self.rows * self.cols).div_ceil(nf4::BLOCK) + 1;
+        Self::layout_of(self.kind, self.rows, self.cols)
+    }
+
+    /// Of any matrix.
+    pub(super) fn layout_of(kind: Kind, rows: usize, cols: usize) -> LayoutLaunch {
+        let row_words = cols.div_ceil(kind.in_a_word());
+        let scales_at = kind.codes_at() + rows * row_words;
+        let blocks = (rows * cols).div_ceil(nf4::BLOCK) + 1;
         let groups_at = scales_at + blocks.div_ceil(4);
-        LayoutLaunch::new(
-            self.rows,
-            self.cols,
-            row_words,
-            scales_at,
-            groups_at,
-            groups_at + blocks.div_ceil(SCALE_GROUP),
-        )
+        let offset_at = groups_at + blocks.div_ceil(SCALE_GROUP);
+        LayoutLaunch::new(cols, row_words, scales_at, groups_at, offset_at)
     }
 }
 
@@ -258,4 +257,3 @@ fn little_endian(bytes: &[u8]) -> u32 {
     word[..bytes.len()].copy_from_slice(bytes);
     u32::from_le_bytes(word)
 }
-

@@ -9,11 +9,11 @@ use burn_cubecl::tensor::CubeTensor;
 use cubecl::prelude::*;
 
 use super::packed::{Kind, Packed};
-use super::unpack::{Layout, quad, table};
 use super::tensor_cores;
+use super::unpack::{Layout, quad, table};
 
 /// Units of a cube, in a square of 16 × 16.
-const UNITS: u32 = 256;
+pub(super) const UNITS: u32 = 256;
 /// Units along an edge of the tile.
 const EDGE: usize = 16;
 /// Places by which a row of a slice in shared memory is longer than the tile, against bank conflicts.
@@ -203,7 +203,15 @@ fn load_matrix(
             let (column, inner) = (unit / comptime!(depth / 4), unit % comptime!(depth / 4) * 4);
             if corner + column < n && first + inner < k {
                 let row = w_first + corner + column;
-                quad(w, table, row, first + inner, layout, &mut numbers, spec.kind);
+                quad(
+                    w,
+                    table,
+                    row,
+                    first + inner,
+                    layout,
+                    &mut numbers,
+                    spec.kind,
+                );
             }
             #[unroll]
             for i in 0..4usize {
@@ -219,7 +227,15 @@ fn load_matrix(
             let (inner, column) = (unit / comptime!(tile / 4), unit % comptime!(tile / 4) * 4);
             if corner + column < n && first + inner < k {
                 let row = w_first + first + inner;
-                quad(w, table, row, corner + column, layout, &mut numbers, spec.kind);
+                quad(
+                    w,
+                    table,
+                    row,
+                    corner + column,
+                    layout,
+                    &mut numbers,
+                    spec.kind,
+                );
             }
             #[unroll]
             for i in 0..4usize {

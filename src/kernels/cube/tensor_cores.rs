@@ -30,6 +30,7 @@ const ACROSS: usize = 2;
 const PAD: usize = 2;
 
 type Four = Const<4>;
+type Halves = Vector<bf16, Four>;
 
 /// What the kernel is compiled for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -84,9 +85,9 @@ pub(crate) fn tensor_core_kernel(
     #[comptime] spec: Spec,
 ) {
     let x_row = comptime!(DEPTH / 4 + PAD);
-    let mut xs = Shared::<[Vector<bf16, Four>]>::new_aligned_slice(comptime!(TILE * x_row), 32usize);
+    let mut xs = Shared::<[Halves]>::new_aligned_slice(comptime!(TILE * x_row), 32usize);
     let places = comptime!(spec.rows() * spec.row());
-    let mut ws = Shared::<[Vector<bf16, Four>]>::new_aligned_slice(places, 32usize);
+    let mut ws = Shared::<[Halves]>::new_aligned_slice(places, 32usize);
     let table = table(w, spec.kind);
     sync_cube();
     let plane = UNIT_POS_X as usize / 32;
@@ -126,7 +127,7 @@ fn load_rows(
     sizes: &Sizes,
     first: usize,
     scale: f32,
-    xs: &mut Shared<[Vector<bf16, Four>]>,
+    xs: &mut Shared<[Halves]>,
 ) {
     let across = comptime!(DEPTH / 4);
     let unit = UNIT_POS_X as usize;
@@ -153,7 +154,7 @@ fn load_matrix(
     layout: &Layout,
     sizes: &Sizes,
     first: usize,
-    ws: &mut Shared<[Vector<bf16, Four>]>,
+    ws: &mut Shared<[Halves]>,
     #[comptime] spec: Spec,
 ) {
     let across = comptime!(spec.row() - PAD);
@@ -189,8 +190,8 @@ fn load_matrix(
 /// A slice into the sums of a plane.
 #[cube]
 fn multiply(
-    xs: &Shared<[Vector<bf16, Four>]>,
-    ws: &Shared<[Vector<bf16, Four>]>,
+    xs: &Shared<[Halves]>,
+    ws: &Shared<[Halves]>,
     sums: &Sequence<cmma::Matrix<f32>>,
     top: usize,
     left: usize,
@@ -200,14 +201,14 @@ fn multiply(
     #[unroll]
     for step in 0..comptime!(DEPTH / FRAGMENT) {
         let inner = comptime!(step * FRAGMENT);
-        let mut columns = Sequence::<cmma::Matrix<bf16>>::new();
+        let mut columns = Sequence::<cmma::Matrix<Halves>>::new();
         #[unroll]
         for j in 0..ACROSS {
             let left = left + comptime!(j * FRAGMENT);
             match comptime!(spec.side) {
                 Side::Transposed => {
                     let start = left * w_row + comptime!(inner / 4);
-                    columns.push(cmma::Matrix::<bf16>::from_slice(
+                    columns.push(cmma::Matrix::<Halves>::from_slice(
                         cmma::MatrixIdent::B,
                         FRAGMENT,
                         FRAGMENT,
@@ -219,7 +220,7 @@ fn multiply(
                 }
                 Side::Plain => {
                     let start = comptime!(inner * w_row) + left / 4;
-                    columns.push(cmma::Matrix::<bf16>::from_slice(
+                    columns.push(cmma::Matrix::<Halves>::from_slice(
                         cmma::MatrixIdent::B,
                         FRAGMENT,
                         FRAGMENT,
@@ -234,7 +235,7 @@ fn multiply(
         #[unroll]
         for i in 0..DOWN {
             let start = (top + comptime!(i * FRAGMENT)) * x_row + comptime!(inner / 4);
-            let rows = cmma::Matrix::<bf16>::from_slice(
+            let rows = cmma::Matrix::<Halves>::from_slice(
                 cmma::MatrixIdent::A,
                 FRAGMENT,
                 FRAGMENT,
@@ -262,7 +263,8 @@ fn store(
     left: usize,
 ) {
     let each = comptime!(FRAGMENT * FRAGMENT);
-    let mut staged = Shared::<[f32]>::new_aligned_slice(comptime!(UNITS as usize / 32 * each), 32usize);
+    let mut staged =
+        Shared::<[f32]>::new_aligned_slice(comptime!(UNITS as usize / 32 * each), 32usize);
     let (plane, unit) = (UNIT_POS_X as usize / 32, UNIT_POS_X as usize % 32);
     let start = plane * each;
     #[unroll]
@@ -274,12 +276,17 @@ fn store(
             cmma::MatrixLayout::RowMajor,
         );
         sync_cube();
-        let row = CUBE_POS_Y as usize * comptime!(TILE) + top + comptime!(fragment / ACROSS * FRAGMENT);
-        let col = CUBE_POS_X as usize * comptime!(TILE) + left + comptime!(fragment % ACROSS * FRAGMENT);
+        let row =
+            CUBE_POS_Y as usize * comptime!(TILE) + top + comptime!(fragment / ACROSS * FRAGMENT);
+        let col =
+            CUBE_POS_X as usize * comptime!(TILE) + left + comptime!(fragment % ACROSS * FRAGMENT);
         #[unroll]
         for i in 0..comptime!(each / 32) {
             let at = unit + comptime!(i * 32);
-            let (row, col) = (row + at / comptime!(FRAGMENT), col + at % comptime!(FRAGMENT));
+            let (row, col) = (
+                row + at / comptime!(FRAGMENT),
+                col + at % comptime!(FRAGMENT),
+            );
             if row < sizes.m && col < sizes.n {
                 y[(sizes.y_first + row) * sizes.n + col] = staged[start + at];
             }

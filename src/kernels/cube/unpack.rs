@@ -14,7 +14,6 @@ use crate::quant::nf4;
 /// Where what is in the words.
 #[derive(CubeType, CubeLaunch, Clone, Copy)]
 pub(crate) struct Layout {
-    pub(super) rows: usize,
     pub(super) cols: usize,
     /// Words of a row, where rows are padded.
     row_words: usize,
@@ -85,10 +84,10 @@ pub(super) fn quad(
             // Of two blocks at most, as they are longer than four numbers.
             let block = start / comptime!(nf4::BLOCK);
             let last = (start + 3) / comptime!(nf4::BLOCK);
-            let first = scale(words, block, layout, kind);
+            let first = block_scale(words, block, layout, kind);
             let mut other = first;
             if last > block {
-                other = scale(words, last, layout, kind);
+                other = block_scale(words, last, layout, kind);
             }
             #[unroll]
             for i in 0..4usize {
@@ -139,7 +138,7 @@ fn f16_number(bits: u32) -> f32 {
 
 /// The scale of a block of NF4.
 #[cube]
-fn scale(words: &[u32], block: usize, layout: &Layout, #[comptime] kind: Kind) -> f32 {
+fn block_scale(words: &[u32], block: usize, layout: &Layout, #[comptime] kind: Kind) -> f32 {
     match comptime!(kind) {
         Kind::Nf4Double => {
             let codes = words[layout.scales_at + block / 4];
@@ -205,7 +204,7 @@ pub(super) fn rows_of(table: CubeTensor, ids: CubeTensor) -> CubeTensor {
 /// A tensor of 16 bits in f32.
 pub(super) fn in_f32(x: CubeTensor) -> CubeTensor {
     let shape = x.shape();
-    let cols = shape.dims.last().copied().unwrap_or(1);
+    let cols = shape.iter().last().copied().unwrap_or(1);
     let widened = widened(&Packed::dense(x, cols));
     CubeBackend::float_reshape(widened, shape)
 }

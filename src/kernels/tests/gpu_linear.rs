@@ -30,12 +30,14 @@ fn weight(shape: [usize; 2], stored: Stored, gpu: &Device) -> (Weight, Tensor<2>
         Stored::Dense(dtype) => {
             // Some below f16's normal numbers.
             let values = (values * 1e-3).cast(dtype);
-            (values.clone().to_device(gpu).into(), in_f32(values) )
+            (values.clone().to_device(gpu).into(), in_f32(values))
         }
         Stored::Quantised(scheme) => {
             let values: Vec<f32> = values.into_data().try_into_vec().expect("f32");
             let matrix = QuantMatrix::quantise(&values, shape, scheme).expect("finite");
-            let on = |device| Weight::Quantised(Arc::new(QuantWeight::new(matrix.clone(), false, device)));
+            let on = |device| {
+                Weight::Quantised(Arc::new(QuantWeight::new(matrix.clone(), false, device)))
+            };
             (on(gpu), on(&Device::flex()).in_f32(&Device::flex()))
         }
     }

@@ -48,7 +48,7 @@ pub(super) const KNOBS: &[Knob] = &[
             ("int8", "8 bits a value, a scale for each row (LLM.int8's storage, arXiv 2208.07339)"),
         ]),
         "none",
-        "How the matrices of linear layers are kept, all but those of experts, routers and the output head. They are quantised as they are loaded, one at a time, and multiplied in the type of `train.precision`. On a GPU they stay in host memory and are sent at each use, which saves nothing there yet.",
+        "How the matrices of linear layers are kept, all but those of experts, routers and the output head. They are quantised as they are loaded, one at a time, and multiplied in the type of `train.precision`. On a GPU they lie quantised in its memory, and are dequantised tile by tile as they are multiplied.",
     )
     .elsewhere(&["load_in_4bit", "load_in_8bit", "quantization_bit", "bnb_4bit_quant_type", "quantize"]),
     // ---- data
