@@ -186,15 +186,15 @@ fn quantised_weights_stay_quantised(gpu: &Device) {
     );
 }
 
-/// Losses of the first steps of `recipes/quickstart.yaml`, as a user trains it, with another setting.
-fn quickstart(device: &str, set: &str) -> Vec<f64> {
+/// Losses of the first steps of `recipes/quickstart.yaml`, as a user trains it, with other settings.
+fn quickstart(device: &str, sets: [&str; 2]) -> Vec<f64> {
     let scratch = tempfile::tempdir().expect("a scratch directory");
     let run = scratch.path().join("run");
     let output = Command::new(env!("CARGO_BIN_EXE_lorafit"))
         .current_dir(Path::new(env!("CARGO_MANIFEST_DIR")))
         .env("LORAFIT_CACHE", scratch.path().join("cache"))
         .args(["train", "recipes/quickstart.yaml", "--device", device])
-        .args(["--set", set, "--set", "train.precision=f32"])
+        .args(["--set", sets[0], "--set", sets[1]])
         .args([
             "--set",
             "train.max_steps=3",
@@ -235,14 +235,17 @@ fn the_quickstart_trains_on_a_gpu() {
         return;
     }
     let mut seen = Vec::new();
-    for set in ["base.quantization=none", "base.quantization=nf4-double"] {
-        let (want, got) = (quickstart("cpu", set), quickstart("webgpu", set));
+    for sets in [
+        ["base.quantization=none", "train.precision=f32"],
+        ["base.quantization=nf4-double", "train.precision=f16"],
+    ] {
+        let (want, got) = (quickstart("cpu", sets), quickstart("webgpu", sets));
         assert_eq!((want.len(), got.len()), (3, 3));
         for (want, got) in want.iter().zip(&got) {
             let off = (want - got).abs() / want;
             assert!(
                 off < TRAINED_TOLERANCE,
-                "{set}: {want} on the CPU, {got} on the GPU: {off:.2e}"
+                "{sets:?}: {want} on the CPU, {got} on the GPU: {off:.2e}"
             );
         }
         seen.push(got);

@@ -10,7 +10,8 @@ use burn_cubecl::tensor::CubeTensor;
 use cubecl::prelude::*;
 
 use super::packed::Packed;
-use super::product::{Low, Product, Side};
+use super::product::{Low, Product};
+use super::tiles::Side;
 use super::{contiguous, cube_sum, cubes, dims, empty, zeros};
 use crate::kernels::LogitShape;
 use crate::kernels::cross_entropy::{LossAndGradients, PARTS, Parts, labelled_rows};

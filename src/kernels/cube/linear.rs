@@ -5,7 +5,8 @@ use burn_cubecl::CubeBackend;
 use burn_cubecl::tensor::CubeTensor;
 
 use super::packed::Packed;
-use super::product::{Low, Product, Side};
+use super::product::{Low, Product};
+use super::tiles::Side;
 use super::{contiguous, dims, empty, zeros};
 use crate::kernels::Quantised;
 use crate::kernels::linear::filled;

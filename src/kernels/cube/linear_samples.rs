@@ -5,8 +5,8 @@ use cubecl::prelude::*;
 use super::cross_entropy;
 use super::lowering::{Sample, Target};
 use super::packed::{Kind, Packed};
-use super::product::{self, Side, SizesLaunch, product_kernel};
 use super::tensor_cores::{self, tensor_core_kernel};
+use super::tiles::{self, Side, SizesLaunch, product_kernel};
 use super::unpack::{LayoutLaunch, rows_kernel};
 
 /// Sizes of the samples: rows, columns of the result, and what is summed over.
@@ -29,7 +29,7 @@ pub(super) fn samples(to: &Target) -> Vec<Sample> {
         for (side_name, side) in sides {
             let name = format!("linear_{side_name}_{kind_name}");
             for each in [4, 8] {
-                let spec = product::Spec {
+                let spec = tiles::Spec {
                     kind,
                     side,
                     x_transposed: false,
@@ -48,7 +48,7 @@ pub(super) fn samples(to: &Target) -> Vec<Sample> {
         }
         samples.push(Sample::plain(&format!("rows_{kind_name}"), rows(to, kind)));
     }
-    let spec = product::Spec {
+    let spec = tiles::Spec {
         kind: Kind::F32,
         side: Side::Plain,
         x_transposed: true,
@@ -66,7 +66,7 @@ pub(super) fn samples(to: &Target) -> Vec<Sample> {
 
 fn sizes() -> SizesLaunch {
     let [m, n, k] = SIZES;
-    SizesLaunch::new(m, n, k, 0, 0, 0, RANK, 0)
+    SizesLaunch::new(m, n, k, 0, 0, 0, RANK, 0, k)
 }
 
 fn layout(kind: Kind) -> LayoutLaunch {
@@ -74,14 +74,14 @@ fn layout(kind: Kind) -> LayoutLaunch {
     Packed::layout_of(kind, n, k)
 }
 
-fn plain(to: &Target, spec: product::Spec) -> impl CubeKernel + 'static {
+fn plain(to: &Target, spec: tiles::Spec) -> impl CubeKernel + 'static {
     let [m, n, k] = SIZES;
     let tile = spec.tile() as u32;
     product_kernel::create_dummy_kernel(
         to.properties.clone(),
         to.target.clone(),
         CubeCount::Static(n as u32 / tile, m as u32 / tile, 1),
-        CubeDim::new_1d(product::UNITS),
+        CubeDim::new_1d(tiles::UNITS),
         (to.buffer)(m * k),
         (to.buffer)(n * k),
         (to.buffer)(m * RANK),

@@ -16,6 +16,7 @@ mod packed;
 mod product;
 mod rms_norm;
 mod tensor_cores;
+mod tiles;
 mod unpack;
 
 use burn::backend::{DType, TensorMetadata};

@@ -1,341 +1,16 @@
-//! Matrix products in tiles: rows in f32 times a matrix as it is stored, and a low-rank part in the
-//! same pass.
+//! Matrix products: rows in f32 times a matrix as it is stored, each from some row on, in tiles of f32 or
+//! on tensor cores, with a low-rank part.
 //!
-//! Each cube computes a tile of the result. A slice of both factors at a time goes into shared memory,
-//! the matrix widened to f32 on its way, and each unit keeps a square of sums in registers. Sums run
-//! over the inner dimension in order, so that rows depend on neither their neighbours nor their number.
+//! Where there are few tiles, several cubes share one, each with a part of the inner dimension, and their
+//! sums are added up in order: which order sums run in depends on sizes alone.
 
 use burn_cubecl::tensor::CubeTensor;
 use cubecl::prelude::*;
 
-use super::packed::{Kind, Packed};
+use super::packed::Packed;
 use super::tensor_cores;
-use super::unpack::{Layout, quad, table};
-
-/// Units of a cube, in a square of 16 × 16.
-pub(super) const UNITS: u32 = 256;
-/// Units along an edge of the tile.
-const EDGE: usize = 16;
-/// Places by which a row of a slice in shared memory is longer than the tile, against bank conflicts.
-const PAD: usize = 4;
-
-/// How the matrix is multiplied.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub(crate) enum Side {
-    /// `x Wᵀ`
-    Transposed,
-    /// `x W`
-    Plain,
-}
-
-/// What a kernel is compiled for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub(crate) struct Spec {
-    pub(super) kind: Kind,
-    pub(super) side: Side,
-    /// Whether x is stored as `[k, m]`.
-    pub(super) x_transposed: bool,
-    /// Whether there is a low-rank part.
-    pub(super) low: bool,
-    /// Whether the result is added to what is there.
-    pub(super) onto: bool,
-    /// Edge of a unit's square of sums: 4 or 8.
-    pub(super) each: usize,
-}
-
-impl Spec {
-    /// Edge of a cube's tile.
-    pub(super) const fn tile(self) -> usize {
-        EDGE * self.each
-    }
-
-    /// Inner dimension of a slice: as much as gives each unit four numbers of each factor to load.
-    pub(super) const fn depth(self) -> usize {
-        4 * UNITS as usize / self.tile()
-    }
-
-    /// Of the low-rank part, whose factors are in f32.
-    const fn of_low(self) -> Self {
-        Self {
-            kind: Kind::F32,
-            x_transposed: false,
-            ..self
-        }
-    }
-}
-
-/// Sizes of a product, and the first rows that it takes of its factors.
-#[derive(CubeType, CubeLaunch, Clone, Copy)]
-pub(crate) struct Sizes {
-    /// Rows of the result.
-    pub(super) m: usize,
-    /// Columns of the result.
-    pub(super) n: usize,
-    /// Inner dimension.
-    pub(super) k: usize,
-    /// First row of x.
-    pub(super) x_first: usize,
-    /// First row of the matrix.
-    pub(super) w_first: usize,
-    /// First row of the result.
-    pub(super) y_first: usize,
-    /// Inner dimension of the low-rank part.
-    rank: usize,
-    /// First row of its second factor.
-    up_first: usize,
-}
-
-/// One slice of the inner dimension after the other, into the sums of a unit.
-#[cube]
-#[expect(clippy::too_many_arguments, reason = "kernels have no other way")]
-fn accumulate(
-    x: &[f32],
-    w: &[u32],
-    table: &Shared<[f32]>,
-    layout: &Layout,
-    m: usize,
-    n: usize,
-    k: usize,
-    x_first: usize,
-    w_first: usize,
-    scale: f32,
-    xs: &mut Shared<[f32]>,
-    ws: &mut Shared<[f32]>,
-    sums: &mut Array<f32>,
-    #[comptime] spec: Spec,
-) {
-    let depth = comptime!(spec.depth());
-    let each = comptime!(spec.each);
-    let stride = comptime!(spec.tile() + PAD);
-    let unit = UNIT_POS_X as usize;
-    let (across, down) = (unit % comptime!(EDGE) * 4, unit / comptime!(EDGE) * 4);
-    let slices = k.div_ceil(depth);
-    for slice in 0..slices {
-        let first = slice * depth;
-        load_rows(x, m, k, x_first, first, scale, xs, spec);
-        load_matrix(w, table, layout, n, k, w_first, first, ws, spec);
-        sync_cube();
-        for inner in 0..depth {
-            let mut a = Array::<f32>::new(each);
-            let mut b = Array::<f32>::new(each);
-            #[unroll]
-            for i in 0..each {
-                // Four by four, 64 apart, so that the units of a plane read adjacent places.
-                let place = comptime!(i % 4 + i / 4 * 64);
-                a[i] = xs[inner * stride + down + place];
-                b[i] = ws[inner * stride + across + place];
-            }
-            #[unroll]
-            for i in 0..each {
-                #[unroll]
-                for j in 0..each {
-                    sums[comptime!(i * each + j)] += a[i] * b[j];
-                }
-            }
-        }
-        sync_cube();
-    }
-}
-
-/// The slice of x from `first` on, times `scale`, zeros where there is none: `[depth, tile]`.
-#[cube]
-#[expect(clippy::too_many_arguments, reason = "kernels have no other way")]
-fn load_rows(
-    x: &[f32],
-    m: usize,
-    k: usize,
-    x_first: usize,
-    first: usize,
-    scale: f32,
-    xs: &mut Shared<[f32]>,
-    #[comptime] spec: Spec,
-) {
-    let (tile, depth) = comptime!((spec.tile(), spec.depth()));
-    let stride = comptime!(spec.tile() + PAD);
-    let unit = UNIT_POS_X as usize;
-    let corner = CUBE_POS_Y as usize * tile;
-    #[unroll]
-    for i in 0..4usize {
-        let mut number = 0.0f32;
-        if comptime!(spec.x_transposed) {
-            // Neighbouring units take neighbouring rows of the result.
-            let (row, inner) = (unit % tile, unit / tile + comptime!(i * depth / 4));
-            if corner + row < m && first + inner < k {
-                number = x[(x_first + first + inner) * m + corner + row] * scale;
-            }
-            xs[inner * stride + row] = number;
-        } else {
-            let (inner, row) = (unit % depth, unit / depth + comptime!(i * tile / 4));
-            if corner + row < m && first + inner < k {
-                number = x[(x_first + corner + row) * k + first + inner] * scale;
-            }
-            xs[inner * stride + row] = number;
-        }
-    }
-}
-
-/// The slice of the matrix from `first` on in f32, zeros where there is none: `[depth, tile]`.
-#[cube]
-#[expect(clippy::too_many_arguments, reason = "kernels have no other way")]
-fn load_matrix(
-    w: &[u32],
-    table: &Shared<[f32]>,
-    layout: &Layout,
-    n: usize,
-    k: usize,
-    w_first: usize,
-    first: usize,
-    ws: &mut Shared<[f32]>,
-    #[comptime] spec: Spec,
-) {
-    let (tile, depth) = comptime!((spec.tile(), spec.depth()));
-    let stride = comptime!(spec.tile() + PAD);
-    let unit = UNIT_POS_X as usize;
-    let corner = CUBE_POS_X as usize * tile;
-    let mut numbers = Array::<f32>::new(4usize);
-    #[unroll]
-    for i in 0..4usize {
-        numbers[i] = 0.0f32;
-    }
-    match comptime!(spec.side) {
-        Side::Transposed => {
-            // A row of the matrix is a column of the result.
-            let (column, inner) = (unit / comptime!(depth / 4), unit % comptime!(depth / 4) * 4);
-            if corner + column < n && first + inner < k {
-                let row = w_first + corner + column;
-                quad(
-                    w,
-                    table,
-                    row,
-                    first + inner,
-                    layout,
-                    &mut numbers,
-                    spec.kind,
-                );
-            }
-            #[unroll]
-            for i in 0..4usize {
-                let mut number = numbers[i];
-                if first + inner + i >= k {
-                    // Zero times what is not defined need not be zero.
-                    number = 0.0f32;
-                }
-                ws[(inner + i) * stride + column] = number;
-            }
-        }
-        Side::Plain => {
-            let (inner, column) = (unit / comptime!(tile / 4), unit % comptime!(tile / 4) * 4);
-            if corner + column < n && first + inner < k {
-                let row = w_first + first + inner;
-                quad(
-                    w,
-                    table,
-                    row,
-                    corner + column,
-                    layout,
-                    &mut numbers,
-                    spec.kind,
-                );
-            }
-            #[unroll]
-            for i in 0..4usize {
-                ws[inner * stride + column + i] = numbers[i];
-            }
-        }
-    }
-}
-
-/// `y = scale · x W + low_scale · low U`, x, W and U transposed or not, W and U both or neither.
-#[cube(launch_unchecked, create_dummy_kernel)]
-#[expect(clippy::too_many_arguments, reason = "kernels have no other way")]
-pub(crate) fn product_kernel(
-    x: &[f32],
-    w: &[u32],
-    low: &[f32],
-    up: &[u32],
-    y: &mut [f32],
-    sizes: &Sizes,
-    layout: &Layout,
-    up_layout: &Layout,
-    scale: f32,
-    low_scale: f32,
-    #[comptime] spec: Spec,
-) {
-    let each = comptime!(spec.each);
-    let places = comptime!(spec.depth() * (spec.tile() + PAD));
-    let mut xs = Shared::<[f32]>::new_slice(places);
-    let mut ws = Shared::<[f32]>::new_slice(places);
-    let table = table(w, spec.kind);
-    sync_cube();
-    let mut sums = Array::<f32>::new(comptime!(each * each));
-    #[unroll]
-    for i in 0..comptime!(each * each) {
-        sums[i] = 0.0f32;
-    }
-    accumulate(
-        x,
-        w,
-        &table,
-        layout,
-        sizes.m,
-        sizes.n,
-        sizes.k,
-        sizes.x_first,
-        sizes.w_first,
-        scale,
-        &mut xs,
-        &mut ws,
-        &mut sums,
-        spec,
-    );
-    if comptime!(spec.low) {
-        accumulate(
-            low,
-            up,
-            &table,
-            up_layout,
-            sizes.m,
-            sizes.n,
-            sizes.rank,
-            sizes.x_first,
-            sizes.up_first,
-            low_scale,
-            &mut xs,
-            &mut ws,
-            &mut sums,
-            comptime!(spec.of_low()),
-        );
-    }
-    store(y, &sums, sizes, spec);
-}
-
-/// A unit's sums to their places.
-#[cube]
-fn store(y: &mut [f32], sums: &Array<f32>, sizes: &Sizes, #[comptime] spec: Spec) {
-    let (tile, each) = comptime!((spec.tile(), spec.each));
-    let unit = UNIT_POS_X as usize;
-    let column = CUBE_POS_X as usize * tile + unit % comptime!(EDGE) * 4;
-    let row = CUBE_POS_Y as usize * tile + unit / comptime!(EDGE) * 4;
-    #[unroll]
-    for i in 0..each {
-        let row = row + comptime!(i % 4 + i / 4 * 64);
-        if row < sizes.m {
-            let start = (sizes.y_first + row) * sizes.n;
-            #[unroll]
-            for j in 0..each {
-                let column = column + comptime!(j % 4 + j / 4 * 64);
-                if column < sizes.n {
-                    let sum = sums[comptime!(i * each + j)];
-                    if comptime!(spec.onto) {
-                        y[start + column] += sum;
-                    } else {
-                        y[start + column] = sum;
-                    }
-                }
-            }
-        }
-    }
-}
+use super::tiles::{EDGE, Side, SizesLaunch, Spec, UNITS, add_parts_kernel, product_kernel};
+use super::{cubes, empty};
 
 /// The low-rank part of a product: `low [.., R]`, from the same row on as x, times rows of `up`.
 pub(super) struct Low<'a> {
@@ -386,11 +61,47 @@ impl<'a> Product<'a> {
         if m == 0 || n == 0 {
             return;
         }
-        let client = y.client.clone();
         let fits = !self.x_transposed && !self.onto && k.is_multiple_of(4);
-        if self.matrix.in_bf16 && fits && tensor_cores::available(&client) {
+        if self.matrix.in_bf16 && fits && tensor_cores::available(&y.client) {
             return self.write_on_tensor_cores(y, y_first, [m, n, k]);
         }
+        let part = match self.low {
+            Some(_) => k,
+            None => part([m, n, k]),
+        };
+        if part < k {
+            return self.write_in_parts(part, y, y_first, [m, n, k]);
+        }
+        self.launch(part, y, y_first, [m, n, k]);
+    }
+
+    /// [`Product::write`] where several cubes share a tile.
+    fn write_in_parts(self, part: usize, y: &CubeTensor, y_first: usize, [m, n, k]: [usize; 3]) {
+        let parts = k.div_ceil(part);
+        let sums = empty(y, [parts, m, n]);
+        let onto = self.onto;
+        let product = Self {
+            onto: false,
+            ..self
+        };
+        product.launch(part, &sums, 0, [m, n, k]);
+        // SAFETY: numbers end at m n, of each part and of y's rows.
+        unsafe {
+            add_parts_kernel::launch_unchecked(
+                &y.client,
+                cubes((m * n).div_ceil(UNITS as usize)),
+                CubeDim::new_1d(UNITS),
+                sums.into_buffer_arg(),
+                y.clone().into_buffer_arg(),
+                parts,
+                m * n,
+                y_first * n,
+                onto,
+            );
+        }
+    }
+
+    fn launch(self, part: usize, y: &CubeTensor, y_first: usize, [m, n, k]: [usize; 3]) {
         let spec = Spec {
             kind: self.matrix.kind,
             side: self.side,
@@ -412,13 +123,14 @@ impl<'a> Product<'a> {
         };
         let (rank, up_first) = self.low.as_ref().map_or((0, 0), |l| (l.rank, l.up_first));
         let (w_first, x_first) = (self.w_first, self.x_first);
-        let sizes = SizesLaunch::new(m, n, k, x_first, w_first, y_first, rank, up_first);
+        let sizes = SizesLaunch::new(m, n, k, x_first, w_first, y_first, rank, up_first, part);
+        let parts = k.div_ceil(part.max(1)).max(1) as u32;
         // SAFETY: the kernel reads and writes below m, n, k and rank, past the first rows, and the
         // caller says that those are in the tensors; quads stay in their buffer.
         unsafe {
             product_kernel::launch_unchecked(
-                &client,
-                CubeCount::Static(count[0], count[1], 1),
+                &y.client,
+                CubeCount::Static(count[0], count[1], parts),
                 CubeDim::new_1d(UNITS),
                 x(),
                 self.matrix.argument(),
@@ -442,7 +154,7 @@ impl<'a> Product<'a> {
             side: self.side,
         };
         let count = [n, m].map(|size| size.div_ceil(tensor_cores::TILE) as u32);
-        let sizes = SizesLaunch::new(m, n, k, self.x_first, self.w_first, y_first, 0, 0);
+        let sizes = SizesLaunch::new(m, n, k, self.x_first, self.w_first, y_first, 0, 0, k);
         // SAFETY: as in `write`; rows of x are whole vectors.
         unsafe {
             tensor_cores::tensor_core_kernel::launch_unchecked(
@@ -468,6 +180,21 @@ impl<'a> Product<'a> {
             };
             product.write(y, y_first, [m, n, low.rank]);
         }
+    }
+}
+
+/// What a cube takes of the inner dimension: all, unless there are too few tiles to keep a device busy.
+fn part([m, n, k]: [usize; 3]) -> usize {
+    /// Cubes that are enough.
+    const ENOUGH: usize = 256;
+    /// Below this, adding up costs more.
+    const LEAST: usize = 256;
+    let tiles = m.div_ceil(4 * EDGE) * n.div_ceil(4 * EDGE);
+    let parts = (ENOUGH / tiles).min(k / LEAST).max(1);
+    match parts {
+        1 => k,
+        // Whole slices.
+        _ => k.div_ceil(parts).next_multiple_of(EDGE),
     }
 }
 

@@ -12,7 +12,7 @@ use cubecl::prelude::*;
 use half::bf16;
 
 use super::packed::Kind;
-use super::product::{Side, Sizes};
+use super::tiles::{Side, Sizes};
 use super::unpack::{Layout, quad, table};
 
 /// Units of a cube: eight planes of 32, two down and four across.

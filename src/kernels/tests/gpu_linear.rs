@@ -30,7 +30,12 @@ fn weight(shape: [usize; 2], stored: Stored, gpu: &Device) -> (Weight, Tensor<2>
         Stored::Dense(dtype) => {
             // Some below f16's normal numbers.
             let values = (values * 1e-3).cast(dtype);
-            (values.clone().to_device(gpu).into(), in_f32(values))
+            let moved = values.clone().to_device(gpu);
+            assert_eq!(moved.dtype(), dtype.into());
+            // And back, as tables go that grow.
+            let back = moved.clone().to_device(&Device::flex());
+            assert_eq!(back.into_data(), values.clone().into_data());
+            (moved.into(), in_f32(values))
         }
         Stored::Quantised(scheme) => {
             let values: Vec<f32> = values.into_data().try_into_vec().expect("f32");
@@ -74,10 +79,10 @@ fn lora_linear_of_every_weight_on_a_gpu() {
 }
 
 #[test]
-fn linear_on_a_gpu_in_small_and_large_tiles() {
+fn linear_on_a_gpu_in_small_tiles_in_parts_and_in_large_tiles() {
     device();
     let Some(gpu) = gpu_or_skip() else { return };
-    for (n, input, out) in [(3, 70, 5), (1030, 21, 1025)] {
+    for (n, input, out) in [(3, 70, 5), (2, 1100, 7), (1030, 21, 1025)] {
         let (weight, dense) = weight([out, input], Stored::Quantised(Scheme::Nf4), &gpu);
         compare_on(
             &gpu,
