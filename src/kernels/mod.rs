@@ -5,8 +5,8 @@
 //! and GPUs for what stands in `cube`) and the reference everywhere else. Both are tested against each other, forward and gradients.
 //! [`delta_rule()`] and [`causal_conv()`] have no fused kernel: they are plain operations everywhere.
 //! All of them store and compute in f32, but for frozen weights, which may be kept in 16 bits or
-//! quantised: the CPU's kernels read those as they are (see `frozen`), plain operations convert them at
-//! each use.
+//! quantised: kernels read those as they are (see `frozen` for the CPU's), plain operations convert them
+//! at each use.
 
 pub mod activation;
 pub mod attention;
