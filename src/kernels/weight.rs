@@ -40,7 +40,7 @@ pub(super) enum Place {
     Host(QuantMatrix),
     /// In a GPU's memory.
     #[cfg(feature = "gpu")]
-    Device(Packed),
+    Device(Box<Packed>),
 }
 
 impl QuantWeight {
@@ -49,7 +49,7 @@ impl QuantWeight {
     pub fn new(matrix: QuantMatrix, in_bf16: bool, device: &Device) -> Self {
         #[cfg(feature = "gpu")]
         if let Some(packed) = Packed::send(&matrix, in_bf16, device) {
-            let values = Place::Device(packed);
+            let values = Place::Device(Box::new(packed));
             return Self { values, in_bf16 };
         }
         #[cfg(not(feature = "gpu"))]
@@ -84,7 +84,7 @@ impl QuantWeight {
     pub(super) fn on_device(&self, like: &CubeTensor) -> Packed {
         match &self.values {
             Place::Host(matrix) => Packed::dequantised(matrix, self.in_bf16, like),
-            Place::Device(packed) => packed.clone(),
+            Place::Device(packed) => Packed::clone(packed),
         }
     }
 

@@ -5,6 +5,11 @@
 //! so that a run repeats bit for bit on a device. Kernels are launched unchecked: what keeps an index
 //! inside its buffer stands in the kernel.
 
+#![allow(
+    clippy::needless_range_loop,
+    reason = "kernels count, for want of iterators"
+)]
+
 mod backend;
 mod cross_entropy;
 mod linear;
