@@ -218,7 +218,8 @@ impl<'a> TensorReader<'a> {
         let stored = pieces.iter().map(|piece| weights.dtype(&piece.name));
         let in_bf16 = keep.storage.of(stored) == Dtype::BF16;
         self.note(name, &shape);
-        Ok(Weight::Quantised(Arc::new(QuantWeight { matrix, in_bf16 })))
+        let weight = QuantWeight::new(matrix, in_bf16, &self.device);
+        Ok(Weight::Quantised(Arc::new(weight)))
     }
 
     /// The linear layer of a router: no adapter of linear layers counts it, and it is kept in f32, as

@@ -43,10 +43,14 @@ pub struct QuantMatrix {
     cols: usize,
 }
 
+/// The values of a matrix, as they are kept.
 #[derive(Debug, Clone, PartialEq)]
-enum Values {
+pub enum Values {
+    /// In NF4, row by row.
     Nf4(Nf4),
+    /// In int8.
     Int8(Int8),
+    /// In a GGUF file's blocks.
     Blocks(BlockMatrix),
 }
 
@@ -108,6 +112,11 @@ impl QuantMatrix {
     /// `[rows, cols]`
     pub fn shape(&self) -> [usize; 2] {
         [self.rows, self.cols]
+    }
+
+    /// As they are kept.
+    pub fn values(&self) -> &Values {
+        &self.values
     }
 
     /// Bytes that it takes; none of memory where they lie in a mapped file.

@@ -402,7 +402,7 @@ pub enum Optimizer {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Precision {
-    /// That of the base's files on the processor, f32 on a GPU and where all weights train.
+    /// That of the base's files, f32 where all weights train.
     #[default]
     Auto,
     /// 32 bits.

@@ -5,7 +5,7 @@ use burn::tensor::Device;
 use super::choice;
 use super::prepare::Prepared;
 use crate::adapter::inject::{self, Init};
-use crate::kernels::is_cpu;
+use crate::kernels::is_fused;
 use crate::model::quant_cache::{Cached, QuantCache};
 use crate::model::weights::{Weights, WeightsError};
 use crate::model::{CausalLm, Keep, Storage};
@@ -70,7 +70,7 @@ impl Prepared {
     /// How the frozen matrices are kept.
     pub fn storage(&self, device: &Device) -> Storage {
         let adapts = self.adapter.is_some();
-        choice::storage(self.plan.train.precision, adapts, is_cpu(device))
+        choice::storage(self.plan.train.precision, adapts, is_fused(device))
     }
 
     /// Gives each new token the mean of the rows of the tokens that it takes the place of.

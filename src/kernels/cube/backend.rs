@@ -5,7 +5,7 @@ use std::sync::Arc;
 use burn_cubecl::CubeBackend;
 use burn_cubecl::tensor::CubeTensor;
 
-use super::rms_norm;
+use super::{cross_entropy as loss, linear, rms_norm, unpack};
 use crate::kernels::{
     KernelGradients, Kernels, Quantised, Segments, attention, cross_entropy, lora_linear, rope,
 };
@@ -34,32 +34,46 @@ impl Kernels for CubeBackend {
         unrouted()
     }
 
-    fn fused_linear(_: CubeTensor, _: CubeTensor, _: Quantised, _: Arc<[usize]>) -> CubeTensor {
-        unrouted()
+    fn fused_in_f32(x: CubeTensor) -> CubeTensor {
+        unpack::in_f32(x)
+    }
+
+    fn fused_rows_of(table: CubeTensor, ids: CubeTensor) -> CubeTensor {
+        unpack::rows_of(table, ids)
+    }
+
+    fn fused_linear(
+        x: CubeTensor,
+        weight: CubeTensor,
+        quantised: Quantised,
+        groups: Arc<[usize]>,
+    ) -> CubeTensor {
+        linear::forward(x, (weight, quantised), &groups)
     }
 
     fn fused_lora_linear(
-        _: CubeTensor,
-        _: CubeTensor,
-        _: Quantised,
-        _: CubeTensor,
-        _: CubeTensor,
-        _: f32,
-        _: Arc<[usize]>,
+        x: CubeTensor,
+        weight: CubeTensor,
+        quantised: Quantised,
+        lora_a: CubeTensor,
+        lora_b: CubeTensor,
+        scaling: f32,
+        groups: Arc<[usize]>,
     ) -> CubeTensor {
-        unrouted()
+        linear::lora_forward(x, (weight, quantised), [lora_a, lora_b], scaling, &groups).0
     }
 
     fn fused_cross_entropy(
-        _: CubeTensor,
-        _: CubeTensor,
-        _: CubeTensor,
-        _: CubeTensor,
-        _: CubeTensor,
-        _: Arc<[i32]>,
-        _: cross_entropy::LogitShape,
+        hidden: CubeTensor,
+        weight: CubeTensor,
+        low: CubeTensor,
+        up: CubeTensor,
+        bias: CubeTensor,
+        targets: Arc<[i32]>,
+        shape: cross_entropy::LogitShape,
     ) -> CubeTensor {
-        unrouted()
+        let parts = [hidden, weight, low, up, bias];
+        loss::forward(parts, &targets, shape, Default::default()).loss
     }
 }
 
@@ -106,37 +120,42 @@ impl KernelGradients for CubeBackend {
         unrouted()
     }
 
-    fn linear_backward(_: CubeTensor, _: Quantised, _: CubeTensor, _: &[usize]) -> CubeTensor {
-        unrouted()
+    fn linear_backward(
+        weight: CubeTensor,
+        quantised: Quantised,
+        grad: CubeTensor,
+        groups: &[usize],
+    ) -> CubeTensor {
+        linear::backward((weight, quantised), grad, groups)
     }
 
     fn lora_linear_forward(
-        _: CubeTensor,
-        _: CubeTensor,
-        _: Quantised,
-        _: CubeTensor,
-        _: CubeTensor,
-        _: f32,
-        _: &[usize],
+        x: CubeTensor,
+        weight: CubeTensor,
+        quantised: Quantised,
+        lora_a: CubeTensor,
+        lora_b: CubeTensor,
+        scaling: f32,
+        groups: &[usize],
     ) -> (CubeTensor, CubeTensor) {
-        unrouted()
+        linear::lora_forward(x, (weight, quantised), [lora_a, lora_b], scaling, groups)
     }
 
     fn lora_linear_backward(
-        _: lora_linear::Saved<Self>,
-        _: CubeTensor,
-        _: bool,
+        saved: lora_linear::Saved<Self>,
+        grad: CubeTensor,
+        wants_x: bool,
     ) -> (Option<CubeTensor>, CubeTensor, CubeTensor) {
-        unrouted()
+        linear::lora_backward(saved, grad, wants_x)
     }
 
     fn cross_entropy_forward(
-        _: cross_entropy::Parts<Self>,
-        _: &[i32],
-        _: cross_entropy::LogitShape,
-        _: [bool; 5],
+        parts: cross_entropy::Parts<Self>,
+        targets: &[i32],
+        shape: cross_entropy::LogitShape,
+        wants: [bool; 5],
     ) -> cross_entropy::LossAndGradients<Self> {
-        unrouted()
+        loss::forward(parts, targets, shape, wants)
     }
 }
 

@@ -52,7 +52,7 @@ pub(super) const KNOBS: &[Knob] = &[
             ),
         ]),
         "none",
-        "How the matrices of linear layers are kept, all but those of experts, routers and the output head. But for `gguf` they are quantised as they are loaded, one at a time. They are multiplied in the type of `train.precision`. On a GPU they stay in host memory and are sent at each use, which saves nothing there yet.",
+        "How the matrices of linear layers are kept, all but those of experts, routers and the output head. But for `gguf` they are quantised as they are loaded, one at a time. They are multiplied in the type of `train.precision`. On a GPU they lie quantised in its memory and are dequantised tile by tile as they are multiplied; the blocks of `gguf` stay in the host's and are dequantised and sent at each use.",
     )
     .elsewhere(&["load_in_4bit", "load_in_8bit", "quantization_bit", "bnb_4bit_quant_type", "quantize"]),
     Knob::new(

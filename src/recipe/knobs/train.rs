@@ -156,11 +156,11 @@ pub(super) const KNOBS: &[Knob] = &[
     Knob::new(
         "train.precision",
         Kind::Choice(&[
-            ("auto", "f32 where all weights train and on a GPU, else the base's own type"),
+            ("auto", "f32 where all weights train, else the base's own type"),
             ("f32", "32 bits; multiplied in f32"),
             (
                 "bf16",
-                "16 bits; multiplied in bf16 where the processor can (AVX512-BF16), in f32 elsewhere",
+                "16 bits; multiplied in bf16 where the processor (AVX512-BF16) or the GPU (tensor cores for bf16) can, in f32 elsewhere",
             ),
             (
                 "f16",
