@@ -7,6 +7,7 @@ use burn::tensor::{Tensor, TensorData};
 use super::step::Gradients;
 use crate::adapter::linalg::{Matrix, shifted_inverse};
 use crate::device::to_vec;
+use crate::kernels::adamw::{AdamwStep, adamw};
 use crate::model::{CausalLm, names};
 use crate::nn::Parameter;
 use crate::recipe::TrainPlan;
@@ -38,6 +39,37 @@ impl AdamWConfig {
             false if name.ends_with(".lora_b") || shape.len() == 1 => rate * self.loraplus_lr_ratio,
             false => rate,
         }
+    }
+
+    /// The `steps`-th step of a tensor, in torch's order of operations.
+    fn step(self, rate: f64, steps: usize, decays: bool) -> AdamwStep {
+        let [correction1, correction2] = self.corrections(steps);
+        let decay = if decays { self.weight_decay } else { 0.0 };
+        AdamwStep {
+            keep: [self.beta1 as f32, self.beta2 as f32],
+            share: [(1.0 - self.beta1) as f32, (1.0 - self.beta2) as f32],
+            before: (1.0 - rate * decay) as f32,
+            divisor: correction2.sqrt() as f32,
+            eps: self.eps as f32,
+            rate: (rate / correction1) as f32,
+            after: 1.0,
+        }
+    }
+
+    /// The same as Hugging Face's old AdamW has it (see [`AdamW::lora_fa`]).
+    fn old_step(self, rate: f64, steps: usize) -> AdamwStep {
+        let [correction1, correction2] = self.corrections(steps);
+        AdamwStep {
+            divisor: 1.0,
+            rate: (rate * correction2.sqrt() / correction1) as f32,
+            after: (1.0 - rate * self.weight_decay) as f32,
+            ..self.step(rate, steps, false)
+        }
+    }
+
+    /// What the moments still lack, because they start at zero: `1 - βᵗ`.
+    fn corrections(self, steps: usize) -> [f64; 2] {
+        [self.beta1, self.beta2].map(|beta| 1.0 - beta.powi(steps as i32))
     }
 }
 
@@ -120,16 +152,7 @@ impl AdamW {
     /// Face's Trainer.
     pub fn step(&mut self, model: &mut CausalLm, mut gradients: Gradients, learning_rate: f64) {
         self.steps += 1;
-        let AdamWConfig {
-            beta1,
-            beta2,
-            eps,
-            weight_decay,
-            ..
-        } = self.config;
-        let config = self.config;
-        let correction1 = 1.0 - beta1.powi(self.steps as i32);
-        let correction2 = 1.0 - beta2.powi(self.steps as i32);
+        let (config, steps) = (self.config, self.steps);
         let (moments, projections) = (&mut self.moments, &self.projections);
         model.visit_trainable(&mut |name, mut parameter| {
             let Some(mut gradient) = gradients.remove(name) else {
@@ -145,24 +168,13 @@ impl AdamW {
                 Some(Moments { first, second }) => (first, second),
                 None => (gradient.zeros_like(), gradient.zeros_like()),
             };
-            let first = first * beta1 + gradient.clone() * (1.0 - beta1);
-            let second = second * beta2 + gradient.square() * (1.0 - beta2);
-            let learning_rate = config.rate_of(name, &parameter.shape(), learning_rate);
-            let mut values = parameter.flat();
-            let root = second.clone().sqrt();
-            if projections.is_some() {
-                let rate = learning_rate * correction2.sqrt() / correction1;
-                values = values - first.clone() / (root + eps) * rate;
-                if weight_decay != 0.0 {
-                    values = values * (1.0 - learning_rate * weight_decay);
-                }
-            } else {
-                if weight_decay != 0.0 && decays(name, &parameter.shape()) {
-                    values = values * (1.0 - learning_rate * weight_decay);
-                }
-                let scale = root / correction2.sqrt() + eps;
-                values = values - first.clone() / scale * (learning_rate / correction1);
-            }
+            let rate = config.rate_of(name, &parameter.shape(), learning_rate);
+            let step = match projections.is_some() {
+                true => config.old_step(rate, steps),
+                false => config.step(rate, steps, decays(name, &parameter.shape())),
+            };
+            let values = parameter.flat();
+            let (values, [first, second]) = adamw(values, gradient, [first, second], step);
             parameter.set_flat(values);
             moments.insert(name.to_string(), Moments { first, second });
         });

@@ -5,10 +5,15 @@
 //! so that a run repeats bit for bit on a device. Kernels are launched unchecked: what keeps an index
 //! inside its buffer stands in the kernel.
 
+mod activation;
+mod adamw;
 mod backend;
+mod clamped_gate;
+mod dropout;
 #[cfg(feature = "lowering")]
 pub mod lowering;
 mod rms_norm;
+mod rope;
 
 use burn::backend::{DType, TensorMetadata};
 use burn_cubecl::kernel::into_contiguous;
@@ -27,6 +32,11 @@ fn cubes(count: usize) -> CubeCount {
     let count = count as u32;
     let wide = count.clamp(1, MOST_CUBES);
     CubeCount::Static(wide, count.div_ceil(wide).max(1), 1)
+}
+
+/// How many of `elements` a unit takes at once, 16 bytes at most: as many as divide them.
+fn vector_size(elements: usize) -> usize {
+    if elements.is_multiple_of(4) { 4 } else { 1 }
 }
 
 /// A tensor without gaps, for kernels that index its buffer.
