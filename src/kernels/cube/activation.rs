@@ -255,6 +255,17 @@ pub(super) fn samples(to: &super::lowering::Target) -> Vec<super::lowering::Samp
         );
         samples.push(Sample::plain(&format!("gate_backward_{by:?}"), kernel));
     }
+    samples.extend(alone_samples(to));
+    samples
+}
+
+#[cfg(feature = "lowering")]
+fn alone_samples(to: &super::lowering::Target) -> [super::lowering::Sample; 2] {
+    use super::lowering::Sample;
+    let count = 1024 * 2048;
+    let matrix = || (to.buffer)(4 * count);
+    let (properties, target) = (|| to.properties.clone(), || to.target.clone());
+    let (grid, units) = (cubes(count / UNITS as usize), CubeDim::new_1d(UNITS));
     let by = Activation::Relu2;
     let kernel = activate_kernel::create_dummy_kernel(
         properties(),
@@ -267,7 +278,7 @@ pub(super) fn samples(to: &super::lowering::Target) -> Vec<super::lowering::Samp
         count,
         by,
     );
-    samples.push(Sample::plain("activate_Relu2", kernel));
+    let forward = Sample::plain("activate_Relu2", kernel);
     let kernel = activate_backward_kernel::create_dummy_kernel(
         properties(),
         target(),
@@ -280,6 +291,5 @@ pub(super) fn samples(to: &super::lowering::Target) -> Vec<super::lowering::Samp
         count,
         by,
     );
-    samples.push(Sample::plain("activate_backward_Relu2", kernel));
-    samples
+    [forward, Sample::plain("activate_backward_Relu2", kernel)]
 }
