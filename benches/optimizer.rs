@@ -10,7 +10,9 @@ use std::time::Instant;
 
 use burn::tensor::{Device, Tensor};
 use clap::Parser;
-use lorafit::train::adamw::{self, Factors, Moments};
+use lorafit::kernels::AdamwStep;
+use lorafit::kernels::adamw::reference;
+use lorafit::train::moments::Moments;
 use serde_json::json;
 
 #[derive(Parser)]
@@ -38,13 +40,14 @@ const LAYERS: [[usize; 2]; 7] = [
 ];
 const BLOCKS: usize = 32;
 
-const FACTORS: Factors = Factors {
-    betas: [0.9, 0.999],
-    root: 0.05,
+const STEP: AdamwStep = AdamwStep {
+    keep: [0.9, 0.999],
+    share: [0.1, 0.001],
+    before: 0.999,
+    divisor: 0.05,
     eps: 1e-8,
     rate: 2e-3,
-    decay_before: 0.999,
-    decay_after: 1.0,
+    after: 1.0,
 };
 
 fn main() {
@@ -78,9 +81,12 @@ fn main() {
                 let taken = std::mem::replace(values, Tensor::empty([0], &device));
                 *values = match (way, &mut *moments) {
                     ("tensor operations", Moments::Whole { first, second }) => {
-                        adamw::plain(taken, gradient, [first, second], FACTORS)
+                        let both = [first.clone(), second.clone()];
+                        let (values, both) = reference(taken, gradient, both, STEP);
+                        [*first, *second] = both;
+                        values
                     }
-                    _ => adamw::step(taken, gradient, moments, FACTORS),
+                    _ => moments.step(taken, gradient, STEP),
                 };
             }
             best = best.min(start.elapsed().as_secs_f64());

@@ -3,8 +3,9 @@
 use std::path::Path;
 
 use burn::tensor::{Device, Tensor, TensorData};
+use lorafit::kernels::AdamwStep;
 use lorafit::quant::dynamic;
-use lorafit::train::adamw::{Factors, Moments, step};
+use lorafit::train::moments::Moments;
 use serde_json::Value;
 
 use crate::fixture::{Ran, Workspace};
@@ -35,15 +36,16 @@ fn moments_in_8_bits_are_the_papers_to_the_bit() {
     let (gradients, after) = (floats("gradients"), floats("weights_after"));
     for (number, (gradient, want)) in gradients.chunks(n).zip(after.chunks(n)).enumerate() {
         let number = number as i32 + 1;
-        let factors = Factors {
-            betas: [0.9, 0.999],
-            root: (1.0 - 0.999f64.powi(number)).sqrt(),
+        let step = AdamwStep {
+            keep: [0.9, 0.999],
+            share: [(1.0 - 0.9f64) as f32, (1.0 - 0.999f64) as f32],
+            divisor: (1.0 - 0.999f64.powi(number)).sqrt() as f32,
             eps: 1e-8,
-            rate: 1e-2 / (1.0 - 0.9f64.powi(number)),
-            decay_before: 1.0 - 1e-2 * 0.1,
-            decay_after: 1.0,
+            rate: (1e-2 / (1.0 - 0.9f64.powi(number))) as f32,
+            before: (1.0 - 1e-2 * 0.1f64) as f32,
+            after: 1.0,
         };
-        weights = step(weights, tensor(gradient), &mut moments, factors);
+        weights = moments.step(weights, tensor(gradient), step);
         let got: Vec<f32> = weights.clone().into_data().try_into_vec().unwrap();
         assert_eq!(got, want, "step {number}");
     }

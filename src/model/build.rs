@@ -273,7 +273,7 @@ fn experts(reader: &mut TensorReader, path: &str, moe: MoeConfig) -> Read<Moe> {
     let config = reader.config().clone();
     let (family, hidden) = (config.family, config.hidden_size);
     let (experts, width) = (moe.num_experts, moe.intermediate_size);
-    let biased = matches!(moe.gate, ExpertGate::Clamped { .. });
+    let biased = matches!(moe.gate, ExpertGate::Clamped(_));
     let path = format!("{path}.mlp");
     let router = format!("{path}.{}", family.router);
     let gate = reader.router(&router, [experts, hidden], biased)?;

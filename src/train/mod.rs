@@ -5,7 +5,6 @@
 //! that is needed to go on. [`run_dir`] lays out what a run leaves behind; [`event`] is what it
 //! reports meanwhile.
 
-pub mod adamw;
 pub mod choice;
 pub mod event;
 pub mod finish;
@@ -13,6 +12,7 @@ pub mod heap;
 mod load;
 pub mod loss_scale;
 pub mod memory;
+pub mod moments;
 pub mod moments_8bit;
 pub mod optimizer;
 pub mod out_of_memory;

@@ -8,7 +8,7 @@
 
 use rayon::prelude::*;
 
-use super::adamw::FactorsF32;
+use crate::kernels::AdamwStep;
 use crate::quant::dynamic::{SIGNED, UNSIGNED, nearest_signed, nearest_unsigned};
 
 /// Numbers that share a scale, as in bitsandbytes from 0.43 on.
@@ -61,7 +61,7 @@ impl Moments8 {
     }
 
     /// Takes a step, by all threads.
-    pub(super) fn step(&mut self, values: &mut [f32], gradient: &[f32], factors: FactorsF32) {
+    pub(super) fn step(&mut self, values: &mut [f32], gradient: &[f32], step: AdamwStep) {
         let Self { first, second } = self;
         let width = TASK * BLOCK;
         let parts = (values.par_chunks_mut(width))
@@ -82,7 +82,7 @@ impl Moments8 {
                         gradient,
                         first,
                         second,
-                        factors,
+                        step,
                     });
                 }
             },
@@ -96,7 +96,7 @@ struct Block<'a> {
     gradient: &'a [f32],
     first: (&'a mut [u8], &'a mut f32),
     second: (&'a mut [u8], &'a mut f32),
-    factors: FactorsF32,
+    step: AdamwStep,
 }
 
 impl pulp::NullaryFnOnce for Block<'_> {
@@ -110,7 +110,7 @@ impl pulp::NullaryFnOnce for Block<'_> {
         decode(v_codes, *v_max, &UNSIGNED, &mut v);
         let values = self.values.iter_mut().zip(self.gradient);
         for ((value, gradient), (m, v)) in values.zip(m.iter_mut().zip(&mut v)) {
-            self.factors.step(value, *gradient, m, v);
+            self.step.apply(value, *gradient, m, v);
         }
         *m_max = encode(&mut m, m_codes, nearest_signed);
         *v_max = encode(&mut v, v_codes, nearest_unsigned);

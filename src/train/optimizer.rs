@@ -4,11 +4,12 @@ use std::collections::BTreeMap;
 
 use burn::tensor::{Tensor, TensorData};
 
-use super::adamw::{self, Factors, Moments};
+use super::moments::Moments;
 use super::moments_8bit;
 use super::step::Gradients;
 use crate::adapter::linalg::{Matrix, shifted_inverse};
 use crate::device::to_vec;
+use crate::kernels::AdamwStep;
 use crate::model::{CausalLm, names};
 use crate::nn::Parameter;
 use crate::recipe::TrainPlan;
@@ -40,6 +41,37 @@ impl AdamWConfig {
             false if name.ends_with(".lora_b") || shape.len() == 1 => rate * self.loraplus_lr_ratio,
             false => rate,
         }
+    }
+
+    /// The `steps`-th step of a tensor, in torch's order of operations.
+    fn step(self, rate: f64, steps: usize, decays: bool) -> AdamwStep {
+        let [correction1, correction2] = self.corrections(steps);
+        let decay = if decays { self.weight_decay } else { 0.0 };
+        AdamwStep {
+            keep: [self.beta1 as f32, self.beta2 as f32],
+            share: [(1.0 - self.beta1) as f32, (1.0 - self.beta2) as f32],
+            before: (1.0 - rate * decay) as f32,
+            divisor: correction2.sqrt() as f32,
+            eps: self.eps as f32,
+            rate: (rate / correction1) as f32,
+            after: 1.0,
+        }
+    }
+
+    /// The same as Hugging Face's old AdamW has it (see [`AdamW::lora_fa`]).
+    fn old_step(self, rate: f64, steps: usize) -> AdamwStep {
+        let [correction1, correction2] = self.corrections(steps);
+        AdamwStep {
+            divisor: 1.0,
+            rate: (rate * correction2.sqrt() / correction1) as f32,
+            after: (1.0 - rate * self.weight_decay) as f32,
+            ..self.step(rate, steps, false)
+        }
+    }
+
+    /// What the moments still lack, because they start at zero: `1 - βᵗ`.
+    fn corrections(self, steps: usize) -> [f64; 2] {
+        [self.beta1, self.beta2].map(|beta| 1.0 - beta.powi(steps as i32))
     }
 }
 
@@ -131,6 +163,7 @@ impl AdamW {
     /// Face's Trainer.
     pub fn step(&mut self, model: &mut CausalLm, mut gradients: Gradients, learning_rate: f64) {
         self.steps += 1;
+        let (config, steps) = (self.config, self.steps);
         let (mut moments, in_8_bits) = (std::mem::take(&mut self.moments), self.in_8_bits);
         model.visit_trainable(&mut |name, mut parameter| {
             let Some(mut gradient) = gradients.remove(name) else {
@@ -146,43 +179,14 @@ impl AdamW {
                 let small = n < moments_8bit::FEWEST;
                 Moments::zeros(n, in_8_bits && !small, &gradient.device())
             });
-            let factors = self.factors(name, &parameter.shape(), learning_rate);
-            parameter.update(|values| adamw::step(values, gradient, moments, factors));
+            let rate = config.rate_of(name, &parameter.shape(), learning_rate);
+            let step = match self.projections.is_some() {
+                true => config.old_step(rate, steps),
+                false => config.step(rate, steps, decays(name, &parameter.shape())),
+            };
+            parameter.update(|values| moments.step(values, gradient, step));
         });
         self.moments = moments;
-    }
-
-    /// What this step, counted already, multiplies a tensor by.
-    fn factors(&self, name: &str, shape: &[usize], learning_rate: f64) -> Factors {
-        let AdamWConfig {
-            beta1,
-            beta2,
-            eps,
-            weight_decay,
-            ..
-        } = self.config;
-        let rate = self.config.rate_of(name, shape, learning_rate);
-        let correction1 = 1.0 - beta1.powi(self.steps as i32);
-        let correction2 = 1.0 - beta2.powi(self.steps as i32);
-        let decay = 1.0 - rate * weight_decay;
-        let torchs = Factors {
-            betas: [beta1, beta2],
-            root: correction2.sqrt(),
-            eps,
-            rate: rate / correction1,
-            decay_before: if decays(name, shape) { decay } else { 1.0 },
-            decay_after: 1.0,
-        };
-        match self.projections {
-            None => torchs,
-            Some(_) => Factors {
-                root: 1.0,
-                rate: rate * correction2.sqrt() / correction1,
-                decay_before: 1.0,
-                decay_after: decay,
-                ..torchs
-            },
-        }
     }
 }
 

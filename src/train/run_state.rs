@@ -13,9 +13,9 @@ use burn::tensor::{Device, Tensor, TensorData};
 use safetensors::Dtype;
 use serde::{Deserialize, Serialize};
 
-use super::adamw::Moments;
 use super::event::Event;
 use super::loss_scale::LossScale;
+use super::moments::Moments;
 use super::moments_8bit::{BLOCK, Moment8, Moments8};
 use super::optimizer::AdamW;
 use crate::data::stream::Cursor;

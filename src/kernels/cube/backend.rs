@@ -5,9 +5,12 @@ use std::sync::Arc;
 use burn_cubecl::CubeBackend;
 use burn_cubecl::tensor::CubeTensor;
 
-use super::{cross_entropy as loss, linear, rms_norm, unpack};
+use super::{
+    activation, adamw, clamped_gate, cross_entropy as loss, dropout, linear, rms_norm, rope, unpack,
+};
 use crate::kernels::{
-    KernelGradients, Kernels, Quantised, Segments, attention, cross_entropy, lora_linear, rope,
+    Activation, AdamwStep, ClampedGate, DropMask, KernelGradients, Kernels, Quantised, RopeLayout,
+    Segments, attention, cross_entropy, lora_linear,
 };
 
 impl Kernels for CubeBackend {
@@ -15,12 +18,39 @@ impl Kernels for CubeBackend {
         rms_norm::forward(x, weight, eps)
     }
 
-    fn fused_rope(_: CubeTensor, _: CubeTensor, _: CubeTensor, _: rope::RopeLayout) -> CubeTensor {
-        unrouted()
+    fn fused_rope(
+        x: CubeTensor,
+        cos: CubeTensor,
+        sin: CubeTensor,
+        layout: RopeLayout,
+    ) -> CubeTensor {
+        rope::rotate(x, cos, sin, layout, 1.0)
     }
 
-    fn fused_swiglu(_: CubeTensor, _: CubeTensor) -> CubeTensor {
-        unrouted()
+    fn fused_activate(x: CubeTensor, by: Activation) -> CubeTensor {
+        activation::activate(x, by)
+    }
+
+    fn fused_gated(gate: CubeTensor, up: CubeTensor, by: Activation) -> CubeTensor {
+        activation::gate(gate, up, by)
+    }
+
+    fn fused_clamped_gate(pairs: CubeTensor, by: ClampedGate) -> CubeTensor {
+        clamped_gate::forward(pairs, by)
+    }
+
+    fn fused_dropout(x: CubeTensor, mask: DropMask) -> CubeTensor {
+        dropout::forward(x, mask)
+    }
+
+    fn fused_adamw(
+        weight: CubeTensor,
+        grad: CubeTensor,
+        first: CubeTensor,
+        second: CubeTensor,
+        step: AdamwStep,
+    ) -> (CubeTensor, CubeTensor, CubeTensor) {
+        adamw::forward([weight, grad, first, second], step)
     }
 
     fn fused_attention(
@@ -89,16 +119,29 @@ impl KernelGradients for CubeBackend {
     }
 
     fn rope_backward(
-        _: CubeTensor,
-        _: CubeTensor,
-        _: CubeTensor,
-        _: rope::RopeLayout,
+        grad: CubeTensor,
+        cos: CubeTensor,
+        sin: CubeTensor,
+        layout: RopeLayout,
     ) -> CubeTensor {
-        unrouted()
+        rope::rotate(grad, cos, sin, layout, -1.0)
     }
 
-    fn swiglu_backward(_: CubeTensor, _: CubeTensor, _: CubeTensor) -> (CubeTensor, CubeTensor) {
-        unrouted()
+    fn clamped_gate_backward(pairs: CubeTensor, grad: CubeTensor, by: ClampedGate) -> CubeTensor {
+        clamped_gate::backward(pairs, grad, by)
+    }
+
+    fn activate_backward(x: CubeTensor, grad: CubeTensor, by: Activation) -> CubeTensor {
+        activation::activate_backward(x, grad, by)
+    }
+
+    fn gated_backward(
+        gate: CubeTensor,
+        up: CubeTensor,
+        grad: CubeTensor,
+        by: Activation,
+    ) -> (CubeTensor, CubeTensor) {
+        activation::gate_backward(gate, up, grad, by)
     }
 
     fn attention_forward(

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use cubecl::ir::{DeviceProperties, TargetProperties};
 use cubecl::prelude::*;
 
-use super::{linear_samples, rms_norm};
+use super::{activation, adamw, clamped_gate, dropout, linear_samples, rms_norm, rope};
 
 /// A device that kernels are compiled for.
 #[derive(Clone)]
@@ -42,8 +42,14 @@ impl Sample {
 
 /// One or more samples of each kernel.
 pub fn samples(target: &Target) -> Vec<Sample> {
-    [rms_norm::samples(target), linear_samples::samples(target)]
-        .into_iter()
-        .flatten()
-        .collect()
+    let samples = [
+        activation::samples(target),
+        adamw::samples(target),
+        clamped_gate::samples(target),
+        dropout::samples(target),
+        linear_samples::samples(target),
+        rms_norm::samples(target),
+        rope::samples(target),
+    ];
+    samples.into_iter().flatten().collect()
 }

@@ -10,8 +10,12 @@
     reason = "kernels count, for want of iterators"
 )]
 
+mod activation;
+mod adamw;
 mod backend;
+mod clamped_gate;
 mod cross_entropy;
+mod dropout;
 mod linear;
 #[cfg(feature = "lowering")]
 mod linear_samples;
@@ -20,6 +24,7 @@ pub mod lowering;
 mod packed;
 mod product;
 mod rms_norm;
+mod rope;
 mod tensor_cores;
 mod tiles;
 mod unpack;
@@ -43,6 +48,11 @@ fn cubes(count: usize) -> CubeCount {
     let count = count as u32;
     let wide = count.clamp(1, MOST_CUBES);
     CubeCount::Static(wide, count.div_ceil(wide).max(1), 1)
+}
+
+/// How many of `elements` a unit takes at once, 16 bytes at most: as many as divide them.
+fn vector_size(elements: usize) -> usize {
+    if elements.is_multiple_of(4) { 4 } else { 1 }
 }
 
 /// A tensor without gaps, for kernels that index its buffer.
