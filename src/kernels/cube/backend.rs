@@ -24,14 +24,14 @@ impl Kernels for CubeBackend {
     }
 
     fn fused_attention(
-        _: CubeTensor,
-        _: CubeTensor,
-        _: CubeTensor,
-        _: CubeTensor,
-        _: attention::Heads,
-        _: Segments,
+        q: CubeTensor,
+        k: CubeTensor,
+        v: CubeTensor,
+        sinks: CubeTensor,
+        heads: attention::Heads,
+        segments: Segments,
     ) -> CubeTensor {
-        unrouted()
+        super::attention::forward(q, k, v, sinks, heads, &segments).0
     }
 
     fn fused_linear(_: CubeTensor, _: CubeTensor, _: Quantised, _: Arc<[usize]>) -> CubeTensor {
@@ -88,22 +88,22 @@ impl KernelGradients for CubeBackend {
     }
 
     fn attention_forward(
-        _: CubeTensor,
-        _: CubeTensor,
-        _: CubeTensor,
-        _: CubeTensor,
-        _: attention::Heads,
-        _: &Segments,
+        q: CubeTensor,
+        k: CubeTensor,
+        v: CubeTensor,
+        sinks: CubeTensor,
+        heads: attention::Heads,
+        segments: &Segments,
     ) -> (CubeTensor, CubeTensor) {
-        unrouted()
+        super::attention::forward(q, k, v, sinks, heads, segments)
     }
 
     fn attention_backward(
-        _: attention::Saved<Self>,
-        _: CubeTensor,
-        _: bool,
+        saved: attention::Saved<Self>,
+        grad: CubeTensor,
+        wants_sinks: bool,
     ) -> ([CubeTensor; 3], Option<CubeTensor>) {
-        unrouted()
+        super::attention::backward(saved, grad, wants_sinks)
     }
 
     fn linear_backward(_: CubeTensor, _: Quantised, _: CubeTensor, _: &[usize]) -> CubeTensor {

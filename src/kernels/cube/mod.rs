@@ -5,6 +5,7 @@
 //! so that a run repeats bit for bit on a device. Kernels are launched unchecked: what keeps an index
 //! inside its buffer stands in the kernel.
 
+mod attention;
 mod backend;
 #[cfg(feature = "lowering")]
 pub mod lowering;

@@ -11,6 +11,8 @@ pub(in crate::kernels) mod attention;
 mod frozen;
 #[cfg(feature = "gpu")]
 mod gpu;
+#[cfg(feature = "gpu")]
+mod gpu_attention;
 mod quantised;
 mod rope;
 
