@@ -2,8 +2,9 @@
 //! with what model families add to it: sliding windows, soft-capped scores, attention sinks, and
 //! value heads of another width than the key heads.
 //!
-//! The fused kernel works through blocks of queries and only the keys of their segment and window
-//! that they may see, so that no `[T, T]` matrix is ever held and packed samples cost no more than
+//! The fused kernels, the CPU's here and the GPUs' in `cube::attention`, work through blocks of
+//! queries and only the keys of their segment and window that they may see, so that no `[T, T]`
+//! matrix is ever held and packed samples cost no more than
 //! apart; the backward pass computes the probabilities again from the log-sum-exp of each row
 //! (FlashAttention-2, arXiv 2307.08691).
 
@@ -44,6 +45,9 @@ pub struct Heads {
     /// Scores become `cap · tanh(scores / cap)`, after the factor and before the mask (Gemma 2,
     /// arXiv 2408.00118).
     pub soft_cap: Option<f32>,
+    /// Whether queries, keys, values, probabilities and gradients may be rounded to bf16 to be
+    /// multiplied, as GPUs do whose tensor cores take it; sums stay in f32.
+    pub in_bf16: bool,
 }
 
 impl Heads {

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use cubecl::ir::{DeviceProperties, TargetProperties};
 use cubecl::prelude::*;
 
-use super::rms_norm;
+use super::{attention, rms_norm};
 
 /// A device that kernels are compiled for.
 #[derive(Clone)]
@@ -42,5 +42,8 @@ impl Sample {
 
 /// One or more samples of each kernel.
 pub fn samples(target: &Target) -> Vec<Sample> {
-    [rms_norm::samples(target)].into_iter().flatten().collect()
+    [attention::samples(target), rms_norm::samples(target)]
+        .into_iter()
+        .flatten()
+        .collect()
 }

@@ -20,6 +20,7 @@ pub(super) fn heads(heads: usize, kv_heads: usize, head_dim: usize) -> Heads {
         scale: (head_dim as f32).powf(-0.5),
         window: None,
         soft_cap: None,
+        in_bf16: false,
     }
 }
 

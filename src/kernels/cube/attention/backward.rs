@@ -23,7 +23,7 @@ pub(crate) fn stats_kernel<N: Size>(
     grad: &[Vector<f32, N>],
     lse: &[f32],
     stats: &mut [f32],
-    n: usize,
+    tokens: usize,
     heads: usize,
     dim: usize,
     #[comptime] units: usize,
@@ -34,7 +34,7 @@ pub(crate) fn stats_kernel<N: Size>(
     // Rows and heads lie in this order in memory.
     let item = CUBE_POS * comptime!(units / LANES) + unit / comptime!(LANES);
     let mut sum = 0.0f32;
-    if item < n * heads {
+    if item < tokens * heads {
         let mut vector = lane;
         while vector < dim {
             sum += out[item * dim + vector].dot(grad[item * dim + vector]);
@@ -43,14 +43,14 @@ pub(crate) fn stats_kernel<N: Size>(
     }
     sums[unit] = sum;
     sync_cube();
-    if lane == 0 && item < n * heads {
+    if lane == 0 && item < tokens * heads {
         let mut total = 0.0f32;
         for other in 0..comptime!(LANES) {
             total += sums[unit + other];
         }
-        let at = (item % heads) * n + item / heads;
+        let at = (item % heads) * tokens + item / heads;
         stats[at] = lse[at];
-        stats[heads * n + at] = total;
+        stats[heads * tokens + at] = total;
     }
 }
 
@@ -63,7 +63,7 @@ pub(crate) fn sinks_kernel(
     stats: &[f32],
     sinks: &[f32],
     d_sinks: &mut [f32],
-    n: usize,
+    tokens: usize,
     heads: usize,
     #[comptime] units: u32,
 ) {
@@ -72,9 +72,9 @@ pub(crate) fn sinks_kernel(
     let sink = sinks[head];
     let mut sum = 0.0f32;
     let mut row = UNIT_POS as usize;
-    while row < n {
-        let at = head * n + row;
-        sum += (sink - stats[at]).exp() * stats[heads * n + at];
+    while row < tokens {
+        let at = head * tokens + row;
+        sum += (sink - stats[at]).exp() * stats[heads * tokens + at];
         row += comptime!(units as usize);
     }
     let total = cube_sum(sum, &mut memory, units);
@@ -91,12 +91,12 @@ struct Stats {
     mean: Array<f32>,
 }
 
-/// The stats of `count` queries from `first` on, `step` apart; of no use past row n.
+/// The stats of `count` queries from `first` on, `step` apart; of no use past the last row.
 #[cube]
 fn load_stats(
     stats: &[f32],
     first: usize,
-    n: usize,
+    tokens: usize,
     head: usize,
     heads: usize,
     #[comptime] step: usize,
@@ -106,9 +106,9 @@ fn load_stats(
     let mut mean = Array::<f32>::new(count);
     #[unroll]
     for i in 0..count {
-        let row = min(first + i * step, n - 1);
-        lse[i] = stats[head * n + row];
-        mean[i] = stats[(heads + head) * n + row];
+        let row = min(first + i * step, tokens - 1);
+        lse[i] = stats[head * tokens + row];
+        mean[i] = stats[(heads + head) * tokens + row];
     }
     Stats { lse, mean }
 }
@@ -154,7 +154,7 @@ pub(crate) fn queries_kernel<E: Float, N: Size>(
     stats: &[f32],
     spans: &[u32],
     dq: &mut [Vector<f32, N>],
-    n: usize,
+    tokens: usize,
     heads: usize,
     kv_heads: usize,
     scale: f32,
@@ -168,15 +168,15 @@ pub(crate) fn queries_kernel<E: Float, N: Size>(
     let head = CUBE_POS_Y as usize;
     let kv_head = head / (heads / kv_heads);
     // The last rows see most: they come first.
-    let after = (n - 1) / comptime!(tile.rows) - CUBE_POS_X as usize;
+    let after = (tokens - 1) / comptime!(tile.rows) - CUBE_POS_X as usize;
     let first = after * comptime!(tile.rows);
-    let last = min(first + comptime!(tile.rows), n) - 1;
+    let last = min(first + comptime!(tile.rows), tokens) - 1;
     let end = usize::cast_from(spans[last * 2 + 1]);
-    let q_rows = rows_of(first, n, head, heads, head_dim);
-    let grad_rows = rows_of(first, n, head, heads, value_dim);
-    let seen = visible(spans, 0, first, n, tile);
+    let q_rows = rows_of(first, tokens, head, heads, head_dim);
+    let grad_rows = rows_of(first, tokens, head, heads, value_dim);
+    let seen = visible(spans, 0, first, tokens, tile);
     let own = first + unit_y(tile) * comptime!(UNIT_ROWS);
-    let row_stats = load_stats(stats, own, n, head, heads, 1usize, UNIT_ROWS);
+    let row_stats = load_stats(stats, own, tokens, head, heads, 1usize, UNIT_ROWS);
 
     let mut scores = Array::<f32>::new(len);
     let mut slopes = Array::<f32>::new(len);
@@ -230,7 +230,7 @@ pub(crate) fn keys_kernel<E: Float, N: Size>(
     spans: &[u32],
     dk: &mut [Vector<f32, N>],
     dv: &mut [Vector<f32, N>],
-    n: usize,
+    tokens: usize,
     keys: usize,
     heads: usize,
     kv_heads: usize,
@@ -246,11 +246,11 @@ pub(crate) fn keys_kernel<E: Float, N: Size>(
     let group = heads / kv_heads;
     let first = CUBE_POS_X as usize * comptime!(tile.rows);
     let last = min(first + comptime!(tile.rows), keys) - 1;
-    let start = usize::cast_from(spans[(n + first) * 2]);
-    let end = usize::cast_from(spans[(n + last) * 2 + 1]);
+    let start = usize::cast_from(spans[(tokens + first) * 2]);
+    let end = usize::cast_from(spans[(tokens + last) * 2 + 1]);
     let k_rows = rows_of(first, keys, kv_head, kv_heads, head_dim);
     let v_rows = rows_of(first, keys, kv_head, kv_heads, value_dim);
-    let seen = visible(spans, n, first, keys, tile);
+    let seen = visible(spans, tokens, first, keys, tile);
 
     let mut scores = Array::<f32>::new(len);
     let mut slopes = Array::<f32>::new(len);
@@ -286,8 +286,15 @@ pub(crate) fn keys_kernel<E: Float, N: Size>(
             to_scores(&mut scores, &mut slopes, scale, cap, tile);
             hide(&mut scores, &seen, query, tile);
             let own = query + unit_x(tile);
-            let column_stats =
-                load_stats(stats, own, n, head, heads, tile.units_x, tile.unit_cols());
+            let column_stats = load_stats(
+                stats,
+                own,
+                tokens,
+                head,
+                heads,
+                tile.units_x,
+                tile.unit_cols(),
+            );
             to_gradients(&mut scores, &slopes, &mut dp, &column_stats, true, tile);
             put_columns(&scores, &mut memory, tile);
             accumulate(

@@ -23,7 +23,7 @@ pub(crate) fn forward_kernel<E: Float, N: Size>(
     spans: &[u32],
     out: &mut [Vector<f32, N>],
     lse: &mut [f32],
-    n: usize,
+    tokens: usize,
     heads: usize,
     kv_heads: usize,
     scale: f32,
@@ -38,12 +38,12 @@ pub(crate) fn forward_kernel<E: Float, N: Size>(
     let head = CUBE_POS_Y as usize;
     let kv_head = head / (heads / kv_heads);
     // The last rows see most: they come first.
-    let after = (n - 1) / comptime!(tile.rows) - CUBE_POS_X as usize;
+    let after = (tokens - 1) / comptime!(tile.rows) - CUBE_POS_X as usize;
     let first = after * comptime!(tile.rows);
-    let last = min(first + comptime!(tile.rows), n) - 1;
+    let last = min(first + comptime!(tile.rows), tokens) - 1;
     let end = usize::cast_from(spans[last * 2 + 1]);
-    let q_rows = rows_of(first, n, head, heads, head_dim);
-    let seen = visible(spans, 0, first, n, tile);
+    let q_rows = rows_of(first, tokens, head, heads, head_dim);
+    let seen = visible(spans, 0, first, tokens, tile);
 
     let mut sink = HIDDEN.runtime();
     if comptime!(has_sinks) {
@@ -95,14 +95,14 @@ pub(crate) fn forward_kernel<E: Float, N: Size>(
             sums[i] += (sink - tops[i]).exp();
         }
         let row = first + unit_y(tile) * comptime!(UNIT_ROWS) + i;
-        if row < n && unit_x(tile) == 0 {
-            lse[head * n + row] = tops[i] + sums[i].ln();
+        if row < tokens && unit_x(tile) == 0 {
+            lse[head * tokens + row] = tops[i] + sums[i].ln();
         }
         // A row past the last sees nothing, and is not written.
         factors[i] = 1.0f32 / max(sums[i], 1e-30f32);
     }
     scale_rows(&mut result, &factors, &mut memory, tile, value_dim);
-    let out_rows = rows_of(first, n, head, heads, value_dim);
+    let out_rows = rows_of(first, tokens, head, heads, value_dim);
     write_rows(
         &result,
         1.0f32,

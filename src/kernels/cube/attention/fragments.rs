@@ -240,7 +240,7 @@ pub(super) fn scale_rows<E: Float, N: Size>(
         for j in 0..comptime!(tile.unit_cols()) {
             let x = unit_x(tile) + j * comptime!(tile.units_x);
             let at = column_at(x, unit_y(tile), tile);
-            memory.exchange[at] = memory.exchange[at] * factor;
+            memory.exchange[at] *= factor;
         }
         sync_cube();
         #[unroll]

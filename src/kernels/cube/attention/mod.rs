@@ -7,10 +7,16 @@
 //! all at once; a tile takes the columns between the first that its first row sees and the last that
 //! its last row sees, and never looks at others. Pieces that all passes share stand in `product` (of
 //! tiles) and `scores` (what becomes of them in between).
+//!
+//! Where a model's products may be in bf16 ([`Heads::in_bf16`]) and the device's tensor cores take it,
+//! `fragments` stands in for `product`: the same tiles, rounded to bf16 on their way into shared memory,
+//! sums in f32.
 
 mod backward;
 mod forward;
 mod fragments;
+#[cfg(feature = "lowering")]
+mod lowering;
 mod memory;
 mod product;
 mod results;
@@ -25,14 +31,16 @@ use burn_cubecl::tensor::CubeTensor;
 use cubecl::ir::FloatKind;
 use cubecl::prelude::*;
 
+#[cfg(feature = "lowering")]
+pub(super) use self::lowering::samples;
 use self::spans::spans;
 use self::tile::Tile;
 use super::{UNITS, contiguous, cubes, dims, empty};
 use crate::kernels::Segments;
 use crate::kernels::attention::{Heads, Saved};
 
-/// What is multiplied.
 const F32: ElemType = ElemType::Float(FloatKind::F32);
+const BF16: ElemType = ElemType::Float(FloatKind::BF16);
 
 /// Output, and the log-sum-exp of each query's scores and sink, `[H, N]`.
 pub(super) fn forward(
@@ -60,7 +68,7 @@ pub(super) fn forward(
     };
     let spans = upload(&q, segments, keys, &heads);
     let client = q.client.clone();
-    let tile = tile_for(&client, &heads, (n, heads.heads));
+    let (tile, element) = tile_for(&client, &heads, (n, heads.heads));
     // SAFETY: rows end at n or, by the spans, at the number of keys, and heads and vectors at theirs;
     // `visible`, `stage_rows` and `write_rows` keep to that. There is a span for each query and key.
     unsafe {
@@ -83,7 +91,7 @@ pub(super) fn forward(
             heads.soft_cap.unwrap_or(1.0),
             tile,
             has_sinks,
-            F32,
+            element,
         );
     }
     (out, lse)
@@ -133,7 +141,7 @@ struct Pass {
 impl Pass {
     fn queries(&self, dq: CubeTensor, n: usize) {
         let (client, heads) = (self.q.client.clone(), &self.heads);
-        let tile = tile_for(&client, heads, (n, heads.heads));
+        let (tile, element) = tile_for(&client, heads, (n, heads.heads));
         // SAFETY: as in `forward`; stats have a place for each row of each head.
         unsafe {
             backward::queries_kernel::launch_unchecked(
@@ -154,14 +162,14 @@ impl Pass {
                 heads.scale,
                 heads.soft_cap.unwrap_or(1.0),
                 tile,
-                F32,
+                element,
             );
         }
     }
 
     fn keys(&self, dk: CubeTensor, dv: CubeTensor, (n, keys): (usize, usize)) {
         let (client, heads) = (self.q.client.clone(), &self.heads);
-        let tile = tile_for(&client, heads, (keys, heads.kv_heads));
+        let (tile, element) = tile_for(&client, heads, (keys, heads.kv_heads));
         // SAFETY: as above, with keys for rows and queries for columns.
         unsafe {
             backward::keys_kernel::launch_unchecked(
@@ -184,15 +192,42 @@ impl Pass {
                 heads.scale,
                 heads.soft_cap.unwrap_or(1.0),
                 tile,
-                F32,
+                element,
             );
         }
     }
 }
 
-/// The tile for so many rows in each of so many heads.
-fn tile_for(client: &Client, heads: &Heads, rows: (usize, usize)) -> Tile {
-    Tile::new(&client.properties().hardware, heads, rows, 0)
+/// The tile for so many rows in each of so many heads, and what is multiplied.
+fn tile_for(client: &Client, heads: &Heads, rows: (usize, usize)) -> (Tile, ElemType) {
+    let properties = client.properties();
+    let side = fragment(properties, heads);
+    let tile = Tile::new(&properties.hardware, heads, rows, side);
+    (tile, if side > 0 { BF16 } else { F32 })
+}
+
+/// Rows and columns of the bf16 fragments that a device's tensor cores multiply, 0 if they do not, or
+/// the heads do not fit them or must not be rounded.
+fn fragment(properties: &DeviceProperties, heads: &Heads) -> usize {
+    let hardware = &properties.hardware;
+    let fits = |dim: usize| dim.is_multiple_of(16) && dim <= tile::WIDEST_IN_FRAGMENTS;
+    let is_possible = heads.in_bf16
+        && fits(heads.head_dim)
+        && fits(heads.value_dim)
+        && hardware.plane_size_min == hardware.plane_size_max
+        && hardware.max_units_per_cube >= 256
+        && hardware.max_shared_memory_size >= tile::FRAGMENT_TILE_BYTES;
+    let has = |side: u32| {
+        let configs = &mut properties.features.matmul.cmma.iter();
+        configs.any(|config| {
+            (config.a_type, config.b_type, config.cd_type) == (BF16, BF16, F32)
+                && [config.m, config.n, config.k] == [side; 3]
+        })
+    };
+    match [16, 8].into_iter().find(|side| has(*side)) {
+        Some(side) if is_possible => side as usize,
+        _ => 0,
+    }
 }
 
 /// Log-sum-exp and `Σ o g` of each row, `[2, H, N]`.

@@ -22,6 +22,12 @@ const LARGE_TILE_BYTES: usize = 24 * 1024;
 /// Shared memory of tiles with 64 columns for tensor cores.
 const WIDE_TILE_BYTES: usize = 48 * 1024;
 
+/// Shared memory that any tile for tensor cores with 32 columns fits in.
+pub(super) const FRAGMENT_TILE_BYTES: usize = 32 * 1024;
+
+/// Head dimensions of which shared memory has room for as many whole rows as a fragment has.
+pub(super) const WIDEST_IN_FRAGMENTS: usize = 256;
+
 /// Cubes that keep a large device busy: with fewer, the tiles are smaller.
 const MANY_CUBES: usize = 128;
 
