@@ -4,7 +4,7 @@ use std::fmt;
 use std::panic::{self, AssertUnwindSafe};
 use std::str::FromStr;
 
-use burn::tensor::{Device, Tensor};
+use burn::tensor::{DType, Device, Tensor};
 
 /// A device as it is named on the command line: `auto`, `cpu`, `vulkan`, `cuda:1`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -267,6 +267,118 @@ pub fn open(spec: DeviceSpec) -> Result<Available, DeviceError> {
     device.ok_or(DeviceError::NotFound { spec, found })
 }
 
+/// What a device's kernels may use.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Abilities {
+    /// Whether it stores and computes in IEEE half precision.
+    pub f16: bool,
+    /// Whether it does in bfloat16.
+    pub bf16: bool,
+    /// Whether it has units that multiply matrices; `None` where nothing tells.
+    pub matrix_units: Option<bool>,
+    /// The driver, where the system tells it.
+    pub driver: Option<String>,
+}
+
+/// What a device's kernels may use; opens it.
+pub fn abilities(available: &Available) -> Abilities {
+    let device = &available.device;
+    if available.spec.kind == DeviceKind::Cpu {
+        return Abilities {
+            f16: true,
+            bf16: true,
+            matrix_units: Some(crate::kernels::has_bf16_products()),
+            driver: None,
+        };
+    }
+    without_panic(|| {
+        vec![Abilities {
+            f16: device.supports_dtype(DType::F16),
+            bf16: device.supports_dtype(DType::BF16),
+            matrix_units: matrix_units(device),
+            driver: driver(device),
+        }]
+    })
+    .pop()
+    .unwrap_or_default()
+}
+
+#[cfg(any(
+    feature = "cuda",
+    feature = "metal",
+    feature = "vulkan",
+    feature = "webgpu"
+))]
+fn matrix_units(device: &Device) -> Option<bool> {
+    match device.as_dispatch() {
+        burn::backend::DispatchDevice::Cube(cube) => {
+            let client = cube.client();
+            let features = &client.properties().features.matmul;
+            Some(!features.cmma.is_empty() || !features.mma.is_empty())
+        }
+        _ => None,
+    }
+}
+
+#[cfg(not(any(
+    feature = "cuda",
+    feature = "metal",
+    feature = "vulkan",
+    feature = "webgpu"
+)))]
+fn matrix_units(_: &Device) -> Option<bool> {
+    None
+}
+
+/// The driver of a card, as Linux knows it.
+#[cfg(any(
+    feature = "cuda",
+    feature = "metal",
+    feature = "vulkan",
+    feature = "webgpu"
+))]
+fn driver(device: &Device) -> Option<String> {
+    let address = device.identity()?.physical?.pci_address?;
+    let link = format!("/sys/bus/pci/devices/{address}/driver");
+    let name = std::fs::read_link(link).ok()?;
+    let name = name.file_name()?.to_string_lossy().into_owned();
+    let version = std::fs::read_to_string(format!("/sys/module/{name}/version"));
+    Some(match version {
+        Ok(version) => format!("{name} {}", version.trim()),
+        Err(_) => name,
+    })
+}
+
+#[cfg(not(any(
+    feature = "cuda",
+    feature = "metal",
+    feature = "vulkan",
+    feature = "webgpu"
+)))]
+fn driver(_: &Device) -> Option<String> {
+    None
+}
+
+/// GPUs that the machine seems to have and this build has no backend for: what shows it, and the cargo
+/// feature that would do.
+pub fn unbuilt_gpus(exists: impl Fn(&str) -> bool) -> Vec<(&'static str, &'static str)> {
+    let built = gpu_kinds();
+    let any = |kinds: &[DeviceKind]| kinds.iter().any(|kind| built.contains(kind));
+    let mut found = Vec::new();
+    let general = [DeviceKind::Vulkan, DeviceKind::WebGpu];
+    if exists("/proc/driver/nvidia") && !any(&general) && !any(&[DeviceKind::Cuda]) {
+        found.push(("an NVIDIA driver", "vulkan (or cuda)"));
+    } else if exists("/dev/kfd") && !any(&general) {
+        found.push(("an AMD GPU", "vulkan"));
+    } else if exists("/dev/dri/renderD128") && !any(&general) {
+        found.push(("a GPU", "vulkan"));
+    }
+    if cfg!(target_os = "macos") && !any(&[DeviceKind::Metal, DeviceKind::WebGpu]) {
+        found.push(("an Apple GPU", "metal"));
+    }
+    found
+}
+
 /// The values of a tensor.
 pub fn to_vec(tensor: Tensor<1>) -> Vec<f32> {
     tensor.into_data().try_into_vec().expect("tensors are f32")
@@ -288,6 +400,17 @@ mod tests {
         }
         for name in ["", "gpu", "cuda:", "cuda:x", "cuda:-1", "cpu:0", "auto:1"] {
             assert!(name.parse::<DeviceSpec>().is_err(), "{name}");
+        }
+    }
+
+    #[test]
+    fn a_gpu_without_a_backend_is_told_with_its_feature() {
+        let found = unbuilt_gpus(|path| path == "/dev/kfd");
+        let has_one = cfg!(any(feature = "vulkan", feature = "webgpu"));
+        let amd = found.contains(&("an AMD GPU", "vulkan"));
+        assert_eq!(amd, !has_one);
+        if !cfg!(target_os = "macos") {
+            assert!(unbuilt_gpus(|_| false).is_empty());
         }
     }
 

@@ -14,9 +14,10 @@
 //! 7. [`model`]: a base model's configuration and weights become a causal language model.
 //! 8. [`adapter`]: low-rank deltas are injected into it, loaded, and merged.
 //! 9. [`train`]: batches become losses, gradients, optimizer steps and run states.
-//! 10. [`infer`]: the model writes text, with a KV cache.
-//! 11. [`export`]: adapters and merged models go to disk, atomically.
-//! 12. [`cli`]: the commands; the only place that prints.
+//! 10. [`memory`]: what all of this will take, before it begins.
+//! 11. [`infer`]: the model writes text, with a KV cache.
+//! 12. [`export`]: adapters and merged models go to disk, atomically.
+//! 13. [`cli`]: the commands; the only place that prints.
 #![warn(missing_docs)]
 
 pub mod recipe;
@@ -37,6 +38,8 @@ pub mod model;
 pub mod adapter;
 
 pub mod train;
+
+pub mod memory;
 
 pub mod infer;
 

@@ -4,6 +4,10 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use lorafit::cli::{self, Exit, args::Cli};
+use lorafit::train::heap::Counting;
+
+#[global_allocator]
+static HEAP: Counting = Counting;
 
 fn main() -> ExitCode {
     let cli = Cli::parse();

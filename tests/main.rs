@@ -21,12 +21,18 @@ mod half_precision;
 mod hub;
 mod hub_dataset;
 mod hub_server;
+mod memory_measured;
+mod memory_outline;
+mod memory_plan;
+mod memory_table;
 mod merge;
 mod methods;
 mod packing;
 mod peft;
 mod quant;
 mod quantised;
+#[path = "../benches/random_model/mod.rs"]
+mod random_model;
 mod reader_fuzz;
 mod readers;
 mod recipe;

@@ -144,7 +144,12 @@ fn numbers(workspace: &Workspace, out: &str) -> Vec<Value> {
         let kind = event["event"].as_str().expect("an event").to_string();
         if ["step", "eval", "sample", "early_stop"].contains(&kind.as_str()) {
             let fields = event.as_object_mut().expect("an object");
-            for timing in ["seconds", "tokens_per_second", "memory_bytes"] {
+            for timing in [
+                "seconds",
+                "tokens_per_second",
+                "memory_bytes",
+                "memory_peak_bytes",
+            ] {
                 fields.remove(timing);
             }
             numbers.push(event.clone());

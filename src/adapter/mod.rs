@@ -10,6 +10,7 @@ pub mod experts;
 pub mod inject;
 pub mod linalg;
 pub mod merge;
+pub mod outline;
 pub mod peft;
 mod read;
 pub mod residual;

@@ -50,6 +50,8 @@ pub enum Command {
     Combine(CombineArgs),
     /// Check a recipe, its data and its model without training
     Check(CheckArgs),
+    /// Plan how much memory a recipe needs, and what would make it fit
+    Plan(PlanArgs),
     /// Look at a recipe's dataset: its tokens, what trains, how long rows are
     #[command(subcommand)]
     Data(DataCommand),
@@ -105,6 +107,20 @@ pub struct TrainArgs {
     /// Say what would be done, and stop before training
     #[arg(long)]
     pub dry_run: bool,
+    /// What there is of memory.
+    #[command(flatten)]
+    pub memory: MemoryArgs,
+    /// Train even what the memory plan says will not fit
+    #[arg(long)]
+    pub force: bool,
+}
+
+/// What a plan of memory is held against.
+#[derive(Debug, Clone, Copy, Args)]
+pub struct MemoryArgs {
+    /// How much memory there is, such as 8GiB, instead of what the device says
+    #[arg(long, value_name = "SIZE", value_parser = parse_bytes)]
+    pub vram: Option<u64>,
 }
 
 impl TrainArgs {
@@ -124,6 +140,29 @@ pub struct CheckArgs {
     /// What to check.
     #[command(flatten)]
     pub recipe: RecipeArgs,
+    /// What there is of memory.
+    #[command(flatten)]
+    pub memory: MemoryArgs,
+}
+
+/// `lorafit plan`
+#[derive(Debug, Clone, Args)]
+#[command(
+    after_help = "Example:\n  lorafit plan recipe.yaml --vram 8GiB\n  lorafit plan recipe.yaml --vram 8GiB --auto -o fits.yaml"
+)]
+pub struct PlanArgs {
+    /// What to plan.
+    #[command(flatten)]
+    pub recipe: RecipeArgs,
+    /// What there is of memory.
+    #[command(flatten)]
+    pub memory: MemoryArgs,
+    /// Write a recipe that fits: the same with a few knobs changed, those first that lose least
+    #[arg(long, requires = "out")]
+    pub auto: bool,
+    /// The recipe to write, with --auto
+    #[arg(short, long, value_name = "FILE", requires = "auto")]
+    pub out: Option<PathBuf>,
 }
 
 /// `lorafit data`

@@ -8,13 +8,14 @@ use super::Usage;
 use super::args::{CheckArgs, Output};
 use super::print::print;
 use super::render::{Renderer, count};
-use super::servers;
 use super::warnings::{self, Warning};
+use super::{fits, servers};
+use crate::adapter::outline::Outline;
 use crate::data::contract::Contract;
 use crate::data::{DataReport, feed};
 use crate::device;
 use crate::export::write::is_taken;
-use crate::model::{names, weights};
+use crate::model::weights;
 use crate::recipe::{AdapterMethod, Packing, Plan, load};
 use crate::train::prepare::{self, AdapterChoice, PrepareError, Prepared};
 
@@ -28,6 +29,7 @@ pub fn run(args: &CheckArgs, output: &Output) -> anyhow::Result<()> {
     let plan = plan(&args.recipe.recipe, &args.recipe.set)?;
     let prepared = prepared(plan, &mut renderer)?;
     summary(&prepared, &device, &mut renderer);
+    fits::check(&prepared, &device, args.memory.vram, &mut renderer)?;
     servers::show(&prepared, &mut renderer);
     if is_taken(&prepared.plan.output_dir) {
         let output_dir = prepared.plan.output_dir.clone();
@@ -159,24 +161,12 @@ fn summarise(prepared: &Prepared, device: String) -> Summary<'_> {
     }
 }
 
-/// Numbers that train in the adapters: `E · R · (in + out)` for each, `R + out` for VeRA's; `None` where all weights train.
+/// Numbers that train beside a frozen base; `None` where all weights train.
 fn adapter_parameters(prepared: &Prepared) -> Option<usize> {
-    let layers = names::adaptable(&prepared.config);
     let AdapterChoice {
         modules, config, ..
     } = prepared.adapter.as_ref()?;
-    let sizes = modules.iter().filter_map(|adapter| {
-        let layer = layers.iter().find(|layer| layer.path == adapter.module)?;
-        Some(match config.vera {
-            Some(_) => adapter.rank + layer.out_features,
-            None => {
-                let lengths = usize::from(config.use_dora) * layer.out_features;
-                let width = layer.in_features + layer.out_features;
-                adapter.rank * layer.experts * width + lengths
-            }
-        })
-    });
-    Some(sizes.sum())
+    Some(Outline::new(&prepared.config, config, modules).trained_numbers())
 }
 
 fn lines(summary: &Summary) -> Vec<(&'static str, String)> {

@@ -25,7 +25,7 @@ pub fn run(args: &InitArgs, output: &Output) -> anyhow::Result<()> {
     if args.file == Path::new("-") {
         return print(&recipe);
     }
-    write_new(&args.file, &recipe)?;
+    write_new(&args.file, &recipe, "lorafit init my-recipe.yaml")?;
     if output.json {
         let event = serde_json::json!({"event": "init", "path": args.file});
         print(&format!("{event}\n"))?;
@@ -38,12 +38,13 @@ pub fn run(args: &InitArgs, output: &Output) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Creates a file, never replacing one; leaves none behind when it cannot be written in full.
-fn write_new(path: &Path, text: &str) -> anyhow::Result<()> {
+/// Creates a file, never replacing one; leaves none behind when it cannot be written in full. `example`
+/// names another.
+pub(super) fn write_new(path: &Path, text: &str, example: &str) -> anyhow::Result<()> {
     let mut file = match OpenOptions::new().write(true).create_new(true).open(path) {
         Ok(file) => file,
         Err(error) if error.kind() == ErrorKind::AlreadyExists => bail!(
-            "{} exists already and is left as it is; remove it, or name another file: lorafit init my-recipe.yaml",
+            "{} exists already and is left as it is; remove it, or name another file: {example}",
             path.display()
         ),
         Err(error) => {

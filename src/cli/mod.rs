@@ -10,12 +10,15 @@ pub mod combine;
 pub mod completions;
 pub mod data;
 pub mod devices;
+pub mod fits;
 pub mod generate;
 pub mod init;
 pub mod interrupt;
 pub mod merge;
 pub mod merge_args;
 pub mod pace;
+pub mod plan;
+pub mod plan_auto;
 pub mod preview_html;
 pub mod preview_text;
 pub mod print;
@@ -65,6 +68,7 @@ pub fn run(cli: &Cli) -> anyhow::Result<Exit> {
         Command::Generate(args) => return generate::run(args, &cli.output),
         Command::Combine(args) => combine::run(args, &cli.output),
         Command::Check(args) => check::run(args, &cli.output),
+        Command::Plan(args) => plan::run(args, &cli.output),
         Command::Data(command) => data::run(command, &cli.output),
         Command::Init(args) => init::run(args, &cli.output),
         Command::Schema(args) => schema::run(args),

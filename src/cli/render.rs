@@ -334,10 +334,26 @@ fn describe(event: &Event) -> String {
             format!("interrupted after step {step}; continue with --resume")
         }
         Event::Done {
-            step, loss, output, ..
+            step,
+            loss,
+            output,
+            memory_planned_bytes,
+            memory_peak_bytes,
+            ..
         } => {
             let loss = loss.map_or(String::new(), |loss| format!(", loss {loss:.4}"));
-            format!("done after {step} steps{loss}: {}", output.display())
+            let memory = match (memory_planned_bytes, memory_peak_bytes) {
+                (Some(planned), Some(peak)) => format!(
+                    "memory: planned {}, measured peak {}\n",
+                    bytes(*planned),
+                    bytes(*peak)
+                ),
+                _ => String::new(),
+            };
+            format!(
+                "{memory}done after {step} steps{loss}: {}",
+                output.display()
+            )
         }
     }
 }

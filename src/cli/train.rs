@@ -7,13 +7,14 @@ use anyhow::Context;
 use super::args::{Output, TrainArgs};
 use super::check::{ok, plan, prepared, summary};
 use super::render::Renderer;
-use super::{Exit, Usage, interrupt};
+use super::{Exit, Usage, fits, interrupt};
 use crate::data::feed::Feed;
 use crate::device;
 use crate::model::CausalLm;
 use crate::recipe::Optimizer;
 use crate::train::event::Event;
 use crate::train::finish;
+use crate::train::memory;
 use crate::train::optimizer::{AdamW, AdamWConfig};
 use crate::train::prepare::Prepared;
 use crate::train::run_dir::{self, Existing, RunDir, RunDirError};
@@ -34,6 +35,7 @@ pub fn run(args: &TrainArgs, output: &Output) -> anyhow::Result<Exit> {
     }
     let prepared = prepared(plan, &mut renderer)?;
     summary(&prepared, &device, &mut renderer);
+    let planned = fits::ensure(&prepared, &device, args, &mut renderer)?;
     if args.dry_run {
         ok(&args.recipe.recipe, output)?;
         return Ok(Exit::Done);
@@ -73,6 +75,7 @@ pub fn run(args: &TrainArgs, output: &Output) -> anyhow::Result<Exit> {
         validation: &prepared.dataset.validation,
         tokenizer: &prepared.tokenizer,
         device: format!("{} ({})", device.spec, device.name),
+        planned: Some(planned),
         states: &states,
         interrupted: &interrupt::asked,
         report: &mut |event| renderer.event(event),
@@ -92,6 +95,8 @@ pub fn run(args: &TrainArgs, output: &Output) -> anyhow::Result<Exit> {
         loss: progress.loss,
         best_eval_loss: progress.best.map(|best| best.loss),
         output: write_results(&prepared, &run, &mut model, &progress)?,
+        memory_planned_bytes: Some(planned),
+        memory_peak_bytes: memory::peak(&device.device),
     };
     metrics.write(&done)?;
     renderer.event(&done);

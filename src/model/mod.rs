@@ -18,6 +18,7 @@ pub mod gguf;
 mod gguf_arch;
 mod gguf_fields;
 mod gguf_rope;
+pub mod kept;
 pub mod names;
 pub mod pieces;
 mod shard;

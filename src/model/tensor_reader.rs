@@ -1,5 +1,6 @@
 //! Layers from a model's files or from random numbers, one tensor at a time.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use burn::tensor::{DType, Device, Tensor, TensorData};
@@ -33,6 +34,8 @@ pub(super) struct Outline {
     pub(super) tensors: Vec<(String, Vec<usize>)>,
     /// Every linear layer but the output head.
     pub(super) linears: Vec<Linear>,
+    /// Names of the tensors whose type [`Keep`] decides; the others are in f32.
+    pub(super) matrices: BTreeSet<String>,
 }
 
 /// Builds layers on a device, reading one tensor at a time.
@@ -109,7 +112,10 @@ impl<'a> TensorReader<'a> {
         self.matrices += 1;
         let stream = match &self.source {
             Source::Random(stream) => stream,
-            Source::Nowhere => return self.tensor(name, shape, 0.0),
+            Source::Nowhere => {
+                self.outline.matrices.insert(name.to_string());
+                return self.tensor(name, shape, 0.0);
+            }
             Source::Files { weights, keep } => {
                 let storage = match (keep.in_f32)(name) {
                     true => Storage::F32,

@@ -91,6 +91,14 @@ impl Absmax {
         }
     }
 
+    /// Bytes that the scales of so many blocks take, in 8 bits or in f32.
+    pub(super) fn bytes_of(blocks: usize, double: bool) -> usize {
+        match double {
+            false => 4 * blocks,
+            true => blocks + 4 * blocks.div_ceil(GROUP) + 4,
+        }
+    }
+
     /// In 8 bits; as they are if they already are.
     pub(super) fn quantised(self) -> Self {
         match self {

@@ -17,6 +17,18 @@ pub enum Scheme {
     Int8,
 }
 
+impl Scheme {
+    /// Bytes that a matrix takes, without making it.
+    pub fn bytes(self, [rows, cols]: [usize; 2]) -> usize {
+        let n = rows * cols;
+        match self {
+            Self::Nf4 => Nf4::bytes_of(n, false),
+            Self::Nf4Double => Nf4::bytes_of(n, true),
+            Self::Int8 => n + rows * size_of::<f32>(),
+        }
+    }
+}
+
 /// A matrix `[rows, cols]`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct QuantMatrix {
@@ -123,6 +135,7 @@ mod tests {
         let mut errors = Vec::new();
         for scheme in [Scheme::Nf4, Scheme::Nf4Double, Scheme::Int8] {
             let q = QuantMatrix::quantise(&values, [rows, cols], scheme).unwrap();
+            assert_eq!(q.bytes(), scheme.bytes([rows, cols]));
             let whole = q.dequantised();
             for (row, count) in [(0, 1), (1, 3), (300, 1), (17, 284), (301, 0)] {
                 let mut part = vec![f32::NAN; count * cols];

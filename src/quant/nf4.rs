@@ -120,6 +120,12 @@ impl Nf4 {
         self.packed.len() + self.absmax.bytes()
     }
 
+    /// Bytes that `len` values take, with quantised scales or not.
+    pub fn bytes_of(len: usize, double: bool) -> usize {
+        let blocks = len.div_ceil(BLOCK);
+        len.div_ceil(2) + Absmax::bytes_of(blocks, double)
+    }
+
     /// The values from `start` on, as many as `out` takes, by all threads.
     ///
     /// # Panics

@@ -7,6 +7,7 @@
 mod check;
 mod conflict;
 mod document;
+pub mod edit;
 pub mod faults;
 mod given;
 mod knob_words;

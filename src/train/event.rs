@@ -44,8 +44,11 @@ pub enum Event {
         padding: f64,
         /// Tokens per second of the step.
         tokens_per_second: f64,
-        /// Memory in use: the process's on a CPU, the device pool's on a GPU. In bytes.
+        /// Memory in use: the heap's on a CPU, the device pool's on a GPU. In bytes.
         memory_bytes: Option<u64>,
+        /// The most that was in use so far; of a GPU's pool what it has reserved. In bytes.
+        #[serde(default)]
+        memory_peak_bytes: Option<u64>,
         /// Seconds of the step.
         seconds: f64,
     },
@@ -105,6 +108,12 @@ pub enum Event {
         best_eval_loss: Option<f64>,
         /// What was written.
         output: PathBuf,
+        /// Memory that the run was planned to need at its peak, in bytes.
+        #[serde(default)]
+        memory_planned_bytes: Option<u64>,
+        /// The most that was in use, as in a step.
+        #[serde(default)]
+        memory_peak_bytes: Option<u64>,
     },
 }
 

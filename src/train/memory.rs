@@ -2,19 +2,28 @@
 
 use burn::tensor::Device;
 
+use super::heap;
 use crate::kernels::is_cpu;
 
-/// Bytes in use: the process's resident set on a CPU, the device's pool on a GPU; `None` where
-/// neither is known.
+/// Bytes in use: the heap's on a CPU, or the process's resident set where the heap is not counted; the
+/// device's pool on a GPU; `None` where none of them is known.
 pub fn in_use(device: &Device) -> Option<u64> {
     if is_cpu(device) {
-        resident()
+        heap::in_use().or_else(resident)
     } else {
-        device
-            .clone()
-            .inner()
-            .memory_pool_usage()
-            .map(|usage| usage.bytes_in_use)
+        let usage = device.clone().inner().memory_pool_usage();
+        usage.map(|usage| usage.bytes_in_use)
+    }
+}
+
+/// The most bytes in use so far: as [`in_use`], but of a GPU's pool what it has reserved, which does not
+/// shrink in a run.
+pub fn peak(device: &Device) -> Option<u64> {
+    if is_cpu(device) {
+        heap::peak().or_else(peak_resident)
+    } else {
+        let usage = device.clone().inner().memory_pool_usage();
+        usage.map(|usage| usage.bytes_reserved)
     }
 }
 

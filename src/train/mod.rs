@@ -5,10 +5,13 @@
 //! that is needed to go on. [`run_dir`] lays out what a run leaves behind; [`event`] is what it
 //! reports meanwhile.
 
+pub mod choice;
 pub mod event;
 pub mod finish;
+pub mod heap;
 pub mod memory;
 pub mod optimizer;
+pub mod out_of_memory;
 pub mod prepare;
 pub mod recompute;
 pub mod run_dir;

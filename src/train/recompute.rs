@@ -37,13 +37,18 @@ const SMALL: usize = 1 << 30;
 impl Retain {
     /// What the plan asks for, for micro-batches of up to `tokens` tokens.
     pub fn choose(plan: &TrainPlan, config: &ModelConfig, tokens: usize, device: &Device) -> Self {
+        Self::planned(plan, config, tokens, kernels::is_cpu(device))
+    }
+
+    /// [`Retain::choose`] before there is a device.
+    pub fn planned(plan: &TrainPlan, config: &ModelConfig, tokens: usize, on_cpu: bool) -> Self {
         let again = match plan.gradient_checkpointing {
             GradientCheckpointing::None => false,
             GradientCheckpointing::Block => true,
             GradientCheckpointing::Auto => activation_bytes(config, tokens) > SMALL,
         };
         // The CPU's memory is the host's.
-        match (again, plan.offload_activations && !kernels::is_cpu(device)) {
+        match (again, plan.offload_activations && !on_cpu) {
             (false, _) => Self::Graphs,
             (true, false) => Self::Inputs,
             (true, true) => Self::InputsOnHost,

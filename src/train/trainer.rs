@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use super::event::Event;
 use super::optimizer::AdamW;
+use super::out_of_memory::{OutOfMemory, caught};
 use super::recompute::Retain;
 use super::run_dir::Metrics;
 use super::run_state::{self, Best, Progress};
@@ -38,6 +39,8 @@ pub struct Trainer<'a> {
     pub tokenizer: &'a ChatTokenizer,
     /// The name of the device.
     pub device: String,
+    /// Bytes that the run was planned to need, where it was.
+    pub planned: Option<u64>,
     /// Where run states go.
     pub states: &'a Path,
     /// Where events are recorded.
@@ -56,6 +59,11 @@ pub enum Outcome {
     /// It was asked to stop, and saved its state.
     Interrupted,
 }
+
+/// What is left of a run whose last step was saved.
+const SAVED: &str = "the run is saved up to there";
+/// What is left of one whose last step was not.
+const EARLIER: &str = "the last run state is kept";
 
 /// Why a run broke off.
 #[derive(Debug, thiserror::Error)]
@@ -87,9 +95,38 @@ pub enum TrainError {
         /// What is wrong.
         error: DataError,
     },
+    /// The device has no more memory.
+    #[error(
+        "step {step}: the device ran out of memory: {cause}{}; {kept}; go on with less by --resume (train.gradient_checkpointing: block, train.offload_activations and a smaller train.micro_batch_size change no numbers), or see what `lorafit plan` offers",
+        against_plan(*planned, *in_use)
+    )]
+    OutOfMemory {
+        /// Steps done before it.
+        step: usize,
+        /// What the allocator said.
+        cause: String,
+        /// Bytes that were planned.
+        planned: Option<u64>,
+        /// Bytes that were in use before the step.
+        in_use: Option<u64>,
+        /// What is left of the run.
+        kept: &'static str,
+    },
     /// A sample of text could not be made.
     #[error("cannot write a sample: {0}")]
     Sample(#[from] crate::data::tokenize::TokenizerError),
+}
+
+/// What was planned and what was there, in words.
+fn against_plan(planned: Option<u64>, in_use: Option<u64>) -> String {
+    let mib = |bytes: u64| format!("{:.0} MiB", bytes as f64 / f64::from(1 << 20));
+    let planned = planned.map(|bytes| format!("{} were planned at the peak", mib(bytes)));
+    let in_use = in_use.map(|bytes| format!("{} were in use before the step", mib(bytes)));
+    let parts: Vec<String> = [planned, in_use].into_iter().flatten().collect();
+    match parts.is_empty() {
+        true => String::new(),
+        false => format!(" ({})", parts.join(", ")),
+    }
 }
 
 impl Trainer<'_> {
@@ -127,6 +164,9 @@ impl Trainer<'_> {
                     if matches!(error, TrainError::Data { .. }) {
                         self.save(&mut saved)?;
                     }
+                    if matches!(error, TrainError::OutOfMemory { kept: SAVED, .. }) {
+                        return Err(self.rescue(error, &mut saved));
+                    }
                     return Err(error);
                 }
             }
@@ -154,21 +194,25 @@ impl Trainer<'_> {
             longest.unwrap_or(0),
             self.model.device(),
         );
-        let Some(mut result) = step::gradients(
-            &mut self.model,
-            &data.batches,
-            Some(dropout),
-            retain,
-            self.interrupted,
-        ) else {
+        let in_use = memory::in_use(self.model.device());
+        let found = caught(|| {
+            let (model, batches) = (&mut self.model, &data.batches);
+            step::gradients(model, batches, Some(dropout), retain, self.interrupted)
+        });
+        // Nothing of the model has changed yet, so that the last step can be saved.
+        let found = found.map_err(|out| self.out_of_memory(out, in_use, SAVED))?;
+        let Some(mut result) = found else {
             return Ok(false);
         };
         self.finite("loss", result.loss, &data.rows)?;
         let grad_norm = step::clip(&mut result.gradients, self.plan.train.max_grad_norm);
         self.finite("gradient norm", grad_norm, &data.rows)?;
         let learning_rate = schedule.learning_rate(number);
-        self.optimizer
-            .step(&mut self.model, result.gradients, learning_rate);
+        let moved = caught(|| {
+            let (model, optimizer) = (&mut self.model, &mut self.optimizer);
+            optimizer.step(model, result.gradients, learning_rate);
+        });
+        moved.map_err(|out| self.out_of_memory(out, in_use, EARLIER))?;
         self.progress.step += 1;
         self.progress.loss = Some(result.loss);
         self.progress.cursor = self.feed.cursor();
@@ -187,6 +231,7 @@ impl Trainer<'_> {
             padding: 1.0 - tokens as f64 / slots.max(1) as f64,
             tokens_per_second: tokens as f64 / seconds,
             memory_bytes: memory::in_use(self.model.device()),
+            memory_peak_bytes: memory::peak(self.model.device()),
             seconds,
         })?;
         Ok(true)
@@ -365,6 +410,32 @@ impl Trainer<'_> {
             parameters: all,
             device: self.device.clone(),
         })
+    }
+
+    fn out_of_memory(
+        &self,
+        OutOfMemory(cause): OutOfMemory,
+        in_use: Option<u64>,
+        kept: &'static str,
+    ) -> TrainError {
+        TrainError::OutOfMemory {
+            step: self.progress.step,
+            cause,
+            planned: self.planned,
+            in_use,
+            kept,
+        }
+    }
+
+    /// Saves the last complete step where the device still lets its values be read.
+    fn rescue(&mut self, mut error: TrainError, saved: &mut Progress) -> TrainError {
+        let done = caught(|| self.save(saved));
+        if let TrainError::OutOfMemory { kept, .. } = &mut error
+            && !matches!(done, Ok(Ok(())))
+        {
+            *kept = EARLIER;
+        }
+        error
     }
 
     fn finite(&self, what: &'static str, value: f64, rows: &[SampleId]) -> Result<(), TrainError> {
