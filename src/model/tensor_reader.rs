@@ -88,6 +88,11 @@ impl<'a> TensorReader<'a> {
         &self.device
     }
 
+    /// Whether frozen matrices are rounded to bf16, and so may be what they are multiplied with.
+    pub(super) fn keeps_bf16(&self) -> bool {
+        matches!(&self.source, Source::Files { keep, .. } if keep.storage == Storage::Bf16)
+    }
+
     /// What was asked for so far.
     pub(super) fn into_outline(self) -> Outline {
         self.outline

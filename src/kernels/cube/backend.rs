@@ -54,14 +54,14 @@ impl Kernels for CubeBackend {
     }
 
     fn fused_attention(
-        _: CubeTensor,
-        _: CubeTensor,
-        _: CubeTensor,
-        _: CubeTensor,
-        _: attention::Heads,
-        _: Segments,
+        q: CubeTensor,
+        k: CubeTensor,
+        v: CubeTensor,
+        sinks: CubeTensor,
+        heads: attention::Heads,
+        segments: Segments,
     ) -> CubeTensor {
-        unrouted()
+        super::attention::forward(q, k, v, sinks, heads, &segments).0
     }
 
     fn fused_in_f32(x: CubeTensor) -> CubeTensor {
@@ -145,22 +145,22 @@ impl KernelGradients for CubeBackend {
     }
 
     fn attention_forward(
-        _: CubeTensor,
-        _: CubeTensor,
-        _: CubeTensor,
-        _: CubeTensor,
-        _: attention::Heads,
-        _: &Segments,
+        q: CubeTensor,
+        k: CubeTensor,
+        v: CubeTensor,
+        sinks: CubeTensor,
+        heads: attention::Heads,
+        segments: &Segments,
     ) -> (CubeTensor, CubeTensor) {
-        unrouted()
+        super::attention::forward(q, k, v, sinks, heads, segments)
     }
 
     fn attention_backward(
-        _: attention::Saved<Self>,
-        _: CubeTensor,
-        _: bool,
+        saved: attention::Saved<Self>,
+        grad: CubeTensor,
+        wants_sinks: bool,
     ) -> ([CubeTensor; 3], Option<CubeTensor>) {
-        unrouted()
+        super::attention::backward(saved, grad, wants_sinks)
     }
 
     fn linear_backward(

@@ -12,6 +12,7 @@
 
 mod activation;
 mod adamw;
+mod attention;
 mod backend;
 mod clamped_gate;
 mod cross_entropy;

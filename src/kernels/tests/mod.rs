@@ -15,6 +15,8 @@ mod gated;
 #[cfg(feature = "gpu")]
 mod gpu;
 #[cfg(feature = "gpu")]
+mod gpu_attention;
+#[cfg(feature = "gpu")]
 mod gpu_linear;
 mod quantised;
 mod rope;
