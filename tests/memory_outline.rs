@@ -96,7 +96,7 @@ fn loaded_bytes(model: &mut CausalLm) -> BTreeMap<String, u64> {
     });
     for (path, weight, _) in model.deltas() {
         if let Weight::Quantised(weight) = weight {
-            bytes.insert(format!("{path}.weight"), weight.matrix.bytes() as u64);
+            bytes.insert(format!("{path}.weight"), weight.bytes() as u64);
         }
     }
     bytes

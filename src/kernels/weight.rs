@@ -67,6 +67,15 @@ impl QuantWeight {
         }
     }
 
+    /// Bytes that it takes of the memory where it is; none where it lies in a mapped file.
+    pub fn bytes(&self) -> usize {
+        match &self.values {
+            Place::Host(matrix) => matrix.bytes(),
+            #[cfg(feature = "gpu")]
+            Place::Device(packed) => packed.bytes(),
+        }
+    }
+
     /// For the CPU's kernels.
     ///
     /// # Panics

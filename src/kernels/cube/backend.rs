@@ -201,8 +201,3 @@ impl KernelGradients for CubeBackend {
         loss::forward(parts, targets, shape, wants)
     }
 }
-
-/// Stands where the public function sends GPUs to plain operations.
-fn unrouted() -> ! {
-    unreachable!("this kernel has no GPU version, and its function knows")
-}

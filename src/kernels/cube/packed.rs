@@ -128,6 +128,7 @@ impl Packed {
         let (kind, words) = match matrix.values() {
             Values::Nf4(values) => nf4_words(values, [rows, cols]),
             Values::Int8(values) => (Kind::Int8, int8_words(values, cols)),
+            Values::Blocks(_) => return None,
         };
         let client = device.client();
         let shape = [words.len()].into();
@@ -145,6 +146,11 @@ impl Packed {
     /// `[rows, cols]`
     pub(in crate::kernels) fn shape(&self) -> [usize; 2] {
         [self.rows, self.cols]
+    }
+
+    /// Bytes that it takes.
+    pub(in crate::kernels) fn bytes(&self) -> usize {
+        self.words.meta.num_elements() * self.words.elem_size()
     }
 
     /// All of it in f32.
@@ -228,7 +234,7 @@ fn nf4_words(values: &Nf4, [rows, cols]: [usize; 2]) -> (Kind, Vec<u32>) {
             Kind::Nf4
         }
         Absmax::Double(double) => {
-            let mut codes = double.codes.clone();
+            let mut codes = double.codes.to_vec();
             codes.push(0);
             words.extend(codes.chunks(4).map(little_endian));
             words.extend(double.scales.iter().map(|x| x.to_bits()));
