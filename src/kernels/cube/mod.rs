@@ -5,6 +5,9 @@
 //! so that a run repeats bit for bit on a device. Kernels are launched unchecked: what keeps an index
 //! inside its buffer stands in the kernel.
 
+// Nothing in a kernel can be iterated over but numbers.
+#![allow(clippy::needless_range_loop)]
+
 mod attention;
 mod backend;
 #[cfg(feature = "lowering")]
