@@ -24,8 +24,15 @@ impl Stream {
     }
 
     /// 64 random bits.
+    #[inline(always)]
     pub fn bits(self, index: u64) -> u64 {
-        mix(self.key.wrapping_add(index.wrapping_mul(GOLDEN_GAMMA)))
+        finalize(self.start().wrapping_add(index.wrapping_mul(GOLDEN_GAMMA)))
+    }
+
+    /// What is finalized for the first draw; each draw after it adds [`GOLDEN_GAMMA`].
+    #[inline(always)]
+    pub(crate) fn start(self) -> u64 {
+        self.key.wrapping_add(GOLDEN_GAMMA)
     }
 
     /// Uniform in `[0, 1)`.
@@ -48,10 +55,14 @@ fn mix(x: u64) -> u64 {
     finalize(x.wrapping_add(GOLDEN_GAMMA))
 }
 
+/// The factors of SplitMix64's finalizer.
+pub(crate) const FACTORS: [u64; 2] = [0xBF58_476D_1CE4_E5B9, 0x94D0_49BB_1331_11EB];
+
 /// SplitMix64's finalizer, a bijection that scatters close numbers.
+#[inline(always)]
 pub(crate) fn finalize(z: u64) -> u64 {
-    let z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-    let z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+    let z = (z ^ (z >> 30)).wrapping_mul(FACTORS[0]);
+    let z = (z ^ (z >> 27)).wrapping_mul(FACTORS[1]);
     z ^ (z >> 31)
 }
 

@@ -1,13 +1,23 @@
 //! Activations of feed-forward layers, as transformers names them (`activations.py`).
 //!
-//! The gate of most models, silu, has a fused kernel ([`swiglu()`]); the others are plain operations.
+//! [`activate`] is fused with nothing; where a gate follows, [`gated`](fn@super::gated) computes both at
+//! once. Its kernel keeps its input alone for the backward pass.
 
+use std::f32::consts::FRAC_1_SQRT_2;
+
+use burn::backend::autodiff::checkpoint::{base::Checkpointer, strategy::CheckpointStrategy};
+use burn::backend::autodiff::grads::Gradients;
+use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
+use burn::backend::tensor::FloatTensor;
+use burn::backend::{Autodiff, Dispatch};
 use burn::tensor::{Tensor, activation};
+use burn_flex::FlexTensor;
+use rayon::prelude::*;
 
-use super::swiglu;
+use super::{KernelGradients, Kernels, flex, is_fused};
 
 /// An activation.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Activation {
     /// `x · sigmoid(x)`
     Silu,
@@ -41,6 +51,14 @@ impl Activation {
 /// # Shapes
 /// `[N, F]` → `[N, F]`
 pub fn activate(x: Tensor<2>, by: Activation) -> Tensor<2> {
+    match is_fused(&x.device()) {
+        true => Tensor::from_dispatch(Dispatch::fused_activate(x.into_dispatch(), by)),
+        false => reference(x, by),
+    }
+}
+
+/// [`activate`] from plain tensor operations.
+pub fn reference(x: Tensor<2>, by: Activation) -> Tensor<2> {
     match by {
         Activation::Silu => activation::silu(x),
         Activation::Gelu => activation::gelu(x),
@@ -56,25 +74,160 @@ pub fn activate(x: Tensor<2>, by: Activation) -> Tensor<2> {
     }
 }
 
-/// `act(gate) · up`, element by element.
-///
-/// # Shapes
-/// gate, up `[N, F]` → `[N, F]`
-pub fn gated(gate: Tensor<2>, up: Tensor<2>, by: Activation) -> Tensor<2> {
-    match by {
-        Activation::Silu => swiglu(gate, up),
-        _ => activate(gate, by) * up,
+/// `√(2 / π)`
+pub(super) const ROOT: f32 = 0.797_884_6;
+
+/// Weight of the cube in gelu's approximation.
+pub(super) const CUBE: f32 = 0.044_715;
+
+/// Value and slope of [`Activation::Silu`].
+#[inline(always)]
+pub(super) fn silu(x: f32) -> (f32, f32) {
+    let s = 1.0 / (1.0 + flex::exp(-x));
+    (x * s, s * (1.0 + x * (1.0 - s)))
+}
+
+/// Value and slope of [`Activation::Gelu`]: `x Φ(x)` and `Φ(x) + x φ(x)`.
+#[inline(always)]
+pub(super) fn gelu(x: f32) -> (f32, f32) {
+    let below = 0.5 + 0.5 * flex::erf(x * FRAC_1_SQRT_2);
+    // φ(x) = exp(-x² / 2) / √(2 π)
+    let density = flex::exp(-0.5 * x * x) * (0.5 * ROOT);
+    (x * below, below + x * density)
+}
+
+/// Value and slope of [`Activation::GeluTanh`].
+#[inline(always)]
+pub(super) fn gelu_tanh(x: f32) -> (f32, f32) {
+    let t = flex::tanh(ROOT * (x + CUBE * x * x * x));
+    let below = 0.5 + 0.5 * t;
+    let slope = 0.5 * (1.0 - t * t) * ROOT * (1.0 + 3.0 * CUBE * x * x);
+    (x * below, below + x * slope)
+}
+
+/// Value and slope of [`Activation::Relu`].
+#[inline(always)]
+pub(super) fn relu(x: f32) -> (f32, f32) {
+    // Not `max`, which takes not-a-number for 0.
+    if x <= 0.0 { (0.0, 0.0) } else { (x, 1.0) }
+}
+
+/// Value and slope of [`Activation::Relu2`].
+#[inline(always)]
+pub(super) fn relu2(x: f32) -> (f32, f32) {
+    let (x, _) = relu(x);
+    (x * x, 2.0 * x)
+}
+
+/// An expression for each activation, in which a name stands for the function of its values and slopes: the
+/// choice is made once and not for each element.
+macro_rules! with_curve {
+    ($by:expr, $curve:ident => $body:expr) => {
+        match $by {
+            $crate::kernels::Activation::Silu => {
+                let $curve = $crate::kernels::activation::silu;
+                $body
+            }
+            $crate::kernels::Activation::Gelu => {
+                let $curve = $crate::kernels::activation::gelu;
+                $body
+            }
+            $crate::kernels::Activation::GeluTanh => {
+                let $curve = $crate::kernels::activation::gelu_tanh;
+                $body
+            }
+            $crate::kernels::Activation::Relu => {
+                let $curve = $crate::kernels::activation::relu;
+                $body
+            }
+            $crate::kernels::Activation::Relu2 => {
+                let $curve = $crate::kernels::activation::relu2;
+                $body
+            }
+        }
+    };
+}
+
+pub(super) use with_curve;
+
+/// Elements that one task takes.
+const TASK: usize = 16 * 1024;
+
+pub(super) fn forward(x: FlexTensor, by: Activation) -> FlexTensor {
+    let x = flex::contiguous(x);
+    let [n, f] = x.layout().shape().dims();
+    let mut out = vec![0f32; n * f];
+    let tasks = out
+        .par_chunks_mut(TASK)
+        .zip(flex::elements(&x).par_chunks(TASK));
+    with_curve!(by, curve => tasks.for_each(|(out, x)| {
+        flex::vectorised(
+            #[inline(always)]
+            || {
+                for (y, x) in out.iter_mut().zip(x) {
+                    *y = curve(*x).0;
+                }
+            },
+        )
+    }));
+    flex::tensor(out, [n, f])
+}
+
+/// Gradient of x.
+pub(super) fn backward(x: FlexTensor, grad: FlexTensor, by: Activation) -> FlexTensor {
+    let (x, grad) = (flex::contiguous(x), flex::contiguous(grad));
+    let [n, f] = x.layout().shape().dims();
+    let mut dx = vec![0f32; n * f];
+    let tasks = dx
+        .par_chunks_mut(TASK)
+        .zip(flex::elements(&x).par_chunks(TASK))
+        .zip(flex::elements(&grad).par_chunks(TASK));
+    with_curve!(by, curve => tasks.for_each(|((dx, x), grad)| {
+        flex::vectorised(
+            #[inline(always)]
+            || {
+                for ((dx, x), dy) in dx.iter_mut().zip(x).zip(grad) {
+                    *dx = dy * curve(*x).1;
+                }
+            },
+        )
+    }));
+    flex::tensor(dx, [n, f])
+}
+
+#[derive(Debug)]
+struct ActivateBackward;
+
+impl<B: KernelGradients> Backward<B, 1> for ActivateBackward {
+    type State = (FloatTensor<B>, Activation);
+
+    fn backward(self, ops: Ops<Self::State, 1>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let [node] = ops.parents;
+        let grad = grads.consume::<B>(&ops.node);
+        let (x, by) = ops.state;
+        if let Some(node) = node {
+            grads.register::<B>(node.id, B::activate_backward(x, grad, by));
+        }
     }
 }
 
-/// gpt-oss's gate: `(up + 1) · gate · sigmoid(α gate)`, the gate at most `limit`, up within ± `limit`.
-///
-/// # Shapes
-/// gate, up `[N, F]` → `[N, F]`
-pub fn clamped_swiglu(gate: Tensor<2>, up: Tensor<2>, alpha: f32, limit: f32) -> Tensor<2> {
-    let gate = gate.clamp_max(limit);
-    let up = up.clamp(-limit, limit);
-    (up + 1.0) * gate.clone() * activation::sigmoid(gate * alpha)
+pub(super) fn tracked<B: KernelGradients, C: CheckpointStrategy>(
+    x: FloatTensor<Autodiff<B, C>>,
+    by: Activation,
+) -> FloatTensor<Autodiff<B, C>> {
+    let parents = [x.node()];
+    let x = x.into_primitive();
+    match ActivateBackward
+        .prepare::<C>(parents)
+        .compute_bound()
+        .stateful()
+    {
+        OpsKind::Tracked(prep) => {
+            let y = B::fused_activate(x.clone(), by);
+            prep.finish((x, by), y)
+        }
+        OpsKind::UnTracked(prep) => prep.finish(B::fused_activate(x, by)),
+    }
 }
 
 #[cfg(test)]
@@ -83,8 +236,9 @@ mod tests {
 
     use super::*;
     use crate::device::to_vec;
+    use crate::kernels::gated;
 
-    /// Values of torch 2.15 at -2, -0.5, 0, 0.5 and 2.
+    /// Values of torch 2.15 at -2, -0.5, 0, 0.5 and 2, in every way that there is.
     #[test]
     fn activations_equal_torchs() {
         let x = [-2.0f32, -0.5, 0.0, 0.5, 2.0];
@@ -106,9 +260,16 @@ mod tests {
         ];
         for (by, want) in cases {
             let data = TensorData::new(x.to_vec(), [1, 5]);
-            let got = activate(Tensor::from_data(data, &Device::flex()), by);
-            for (got, want) in to_vec(got.reshape([5])).iter().zip(want) {
-                assert!((got - want).abs() < 1e-5, "{by:?}: {got} {want}");
+            let x = Tensor::<2>::from_data(data, &Device::flex());
+            let ways = [
+                activate(x.clone(), by),
+                reference(x.clone(), by),
+                gated(x.clone(), x.ones_like(), by),
+            ];
+            for got in ways {
+                for (got, want) in to_vec(got.reshape([5])).iter().zip(want) {
+                    assert!((got - want).abs() < 1e-5, "{by:?}: {got} {want}");
+                }
             }
         }
     }

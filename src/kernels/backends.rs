@@ -3,13 +3,16 @@
 use std::sync::Arc;
 
 use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
-use burn::backend::tensor::FloatTensor;
+use burn::backend::ops::FloatTensorOps;
+use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::backend::{Autodiff, Flex};
+use burn::tensor::FloatDType;
 use burn_flex::FlexTensor;
 
 use super::{
-    KernelGradients, Kernels, Quantised, Segments, attention, cross_entropy, linear, lora_linear,
-    rms_norm, rope, swiglu,
+    Activation, AdamwStep, ClampedGate, DropMask, KernelGradients, Kernels, Quantised, Segments,
+    activation, adamw, attention, clamped_gate, cross_entropy, dropout, gated, linear, lora_linear,
+    rms_norm, rope,
 };
 
 impl Kernels for Flex {
@@ -26,8 +29,30 @@ impl Kernels for Flex {
         rope::rotate(x, cos, sin, layout, 1.0)
     }
 
-    fn fused_swiglu(gate: FlexTensor, up: FlexTensor) -> FlexTensor {
-        swiglu::forward(gate, up)
+    fn fused_activate(x: FlexTensor, by: Activation) -> FlexTensor {
+        activation::forward(x, by)
+    }
+
+    fn fused_gated(gate: FlexTensor, up: FlexTensor, by: Activation) -> FlexTensor {
+        gated::forward(gate, up, by)
+    }
+
+    fn fused_clamped_gate(pairs: FlexTensor, by: ClampedGate) -> FlexTensor {
+        clamped_gate::forward(pairs, by)
+    }
+
+    fn fused_dropout(x: FlexTensor, mask: DropMask) -> FlexTensor {
+        dropout::forward(x, mask)
+    }
+
+    fn fused_adamw(
+        weight: FlexTensor,
+        grad: FlexTensor,
+        first: FlexTensor,
+        second: FlexTensor,
+        step: AdamwStep,
+    ) -> (FlexTensor, FlexTensor, FlexTensor) {
+        adamw::forward([weight, grad, first, second], step)
     }
 
     fn fused_attention(
@@ -39,6 +64,14 @@ impl Kernels for Flex {
         segments: Segments,
     ) -> FlexTensor {
         attention::forward(q, k, v, sinks, heads, &segments).0
+    }
+
+    fn fused_in_f32(x: FlexTensor) -> FlexTensor {
+        Flex::float_cast(x, FloatDType::F32)
+    }
+
+    fn fused_rows_of(table: FlexTensor, ids: FlexTensor) -> FlexTensor {
+        Self::fused_in_f32(Flex::float_select(table, 0, ids))
     }
 
     fn fused_linear(
@@ -95,12 +128,21 @@ impl KernelGradients for Flex {
         rope::rotate(grad, cos, sin, layout, -1.0)
     }
 
-    fn swiglu_backward(
+    fn clamped_gate_backward(pairs: FlexTensor, grad: FlexTensor, by: ClampedGate) -> FlexTensor {
+        clamped_gate::backward(pairs, grad, by)
+    }
+
+    fn activate_backward(x: FlexTensor, grad: FlexTensor, by: Activation) -> FlexTensor {
+        activation::backward(x, grad, by)
+    }
+
+    fn gated_backward(
         gate: FlexTensor,
         up: FlexTensor,
         grad: FlexTensor,
+        by: Activation,
     ) -> (FlexTensor, FlexTensor) {
-        swiglu::backward(gate, up, grad)
+        gated::backward(gate, up, grad, by)
     }
 
     fn attention_forward(
@@ -179,8 +221,38 @@ impl<B: KernelGradients, C: CheckpointStrategy> Kernels for Autodiff<B, C> {
         rope::tracked::<B, C>(x, cos, sin, layout)
     }
 
-    fn fused_swiglu(gate: FloatTensor<Self>, up: FloatTensor<Self>) -> FloatTensor<Self> {
-        swiglu::tracked::<B, C>(gate, up)
+    fn fused_activate(x: FloatTensor<Self>, by: Activation) -> FloatTensor<Self> {
+        activation::tracked::<B, C>(x, by)
+    }
+
+    fn fused_gated(
+        gate: FloatTensor<Self>,
+        up: FloatTensor<Self>,
+        by: Activation,
+    ) -> FloatTensor<Self> {
+        gated::tracked::<B, C>(gate, up, by)
+    }
+
+    fn fused_clamped_gate(pairs: FloatTensor<Self>, by: ClampedGate) -> FloatTensor<Self> {
+        clamped_gate::tracked::<B, C>(pairs, by)
+    }
+
+    fn fused_dropout(x: FloatTensor<Self>, mask: DropMask) -> FloatTensor<Self> {
+        dropout::tracked::<B, C>(x, mask)
+    }
+
+    fn fused_adamw(
+        weight: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+        first: FloatTensor<Self>,
+        second: FloatTensor<Self>,
+        step: AdamwStep,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
+        let [weight, grad, first, second] =
+            [weight, grad, first, second].map(|x| x.into_primitive());
+        let (weight, first, second) = B::fused_adamw(weight, grad, first, second, step);
+        let untracked = FloatTensor::<Self>::new;
+        (untracked(weight), untracked(first), untracked(second))
     }
 
     fn fused_attention(
@@ -192,6 +264,14 @@ impl<B: KernelGradients, C: CheckpointStrategy> Kernels for Autodiff<B, C> {
         segments: Segments,
     ) -> FloatTensor<Self> {
         attention::tracked::<B, C>(q, k, v, sinks, heads, segments)
+    }
+
+    fn fused_in_f32(x: FloatTensor<Self>) -> FloatTensor<Self> {
+        FloatTensor::<Self>::new(B::fused_in_f32(x.into_primitive()))
+    }
+
+    fn fused_rows_of(table: FloatTensor<Self>, ids: IntTensor<Self>) -> FloatTensor<Self> {
+        FloatTensor::<Self>::new(B::fused_rows_of(table.into_primitive(), ids))
     }
 
     fn fused_linear(

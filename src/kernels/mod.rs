@@ -5,21 +5,25 @@
 //! and GPUs for what stands in `cube`) and the reference everywhere else. Both are tested against each other, forward and gradients.
 //! [`delta_rule()`] and [`causal_conv()`] have no fused kernel: they are plain operations everywhere.
 //! All of them store and compute in f32, but for frozen weights, which may be kept in 16 bits or
-//! quantised: the CPU's kernels read those as they are (see `frozen`), plain operations convert them at
-//! each use.
+//! quantised: kernels read those as they are (see `frozen` for the CPU's), plain operations convert them
+//! at each use.
 
 pub mod activation;
+pub mod adamw;
 pub mod attention;
 mod backends;
 pub mod causal_conv;
 mod chunks;
+pub mod clamped_gate;
 pub mod cross_entropy;
 #[cfg(feature = "gpu")]
 mod cube;
 pub mod delta_rule;
+pub mod dropout;
 pub mod expert_linear;
 mod flex;
 mod frozen;
+pub mod gated;
 #[cfg(target_arch = "x86_64")]
 mod gemm16;
 pub mod linear;
@@ -27,31 +31,35 @@ pub mod lora_linear;
 pub mod rms_norm;
 pub mod rope;
 pub mod segments;
-pub mod swiglu;
 pub mod weight;
+mod widen;
 
 use std::sync::Arc;
 
-use burn::backend::tensor::FloatTensor;
+use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::backend::{Backend, DispatchDevice, backend_extension};
 use burn::tensor::Device;
 
-pub use activation::{Activation, activate, clamped_swiglu, gated};
+pub use activation::{Activation, activate};
+pub use adamw::{AdamwStep, adamw};
 pub use attention::attention;
 pub use causal_conv::causal_conv;
+pub use clamped_gate::{ClampedGate, clamped_gate};
 pub use cross_entropy::{Head, LogitShape, linear_cross_entropy, shape_logits};
 #[cfg(feature = "lowering")]
 pub use cube::lowering;
 pub use delta_rule::{DeltaHeads, DeltaInputs, delta_rule};
+pub use dropout::{DropMask, dropout};
 pub use expert_linear::{expert_linear, expert_lora_linear};
 pub use frozen::has_bf16_products;
-pub use linear::{in_f32, linear};
+pub use gated::gated;
+pub use linear::linear;
 pub use lora_linear::lora_linear;
 pub use rms_norm::rms_norm;
 pub use rope::{RopeLayout, rope};
 pub use segments::Segments;
-pub use swiglu::swiglu;
 pub use weight::{QuantWeight, Quantised, Weight};
+pub use widen::{in_f32, rows_of};
 
 /// Fused operations, routed to the backend of their tensors. Shapes stand in each kernel's file.
 #[backend_extension(Cube: cfg(feature = "gpu"), Flex, Autodiff)]
@@ -71,8 +79,33 @@ pub trait Kernels: Backend {
         layout: rope::RopeLayout,
     ) -> FloatTensor<Self>;
 
-    /// See [`swiglu()`].
-    fn fused_swiglu(gate: FloatTensor<Self>, up: FloatTensor<Self>) -> FloatTensor<Self>;
+    /// See [`activate()`].
+    fn fused_activate(x: FloatTensor<Self>, by: activation::Activation) -> FloatTensor<Self>;
+
+    /// See [`gated()`].
+    fn fused_gated(
+        gate: FloatTensor<Self>,
+        up: FloatTensor<Self>,
+        by: activation::Activation,
+    ) -> FloatTensor<Self>;
+
+    /// See [`clamped_gate()`].
+    fn fused_clamped_gate(
+        pairs: FloatTensor<Self>,
+        by: clamped_gate::ClampedGate,
+    ) -> FloatTensor<Self>;
+
+    /// See [`dropout()`]; its own backward pass, too.
+    fn fused_dropout(x: FloatTensor<Self>, mask: dropout::DropMask) -> FloatTensor<Self>;
+
+    /// See [`adamw()`]: the weight and both moments. Untracked.
+    fn fused_adamw(
+        weight: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+        first: FloatTensor<Self>,
+        second: FloatTensor<Self>,
+        step: adamw::AdamwStep,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>);
 
     /// See [`attention()`]; `[0]` stands for no sinks.
     fn fused_attention(
@@ -83,6 +116,12 @@ pub trait Kernels: Backend {
         heads: attention::Heads,
         segments: Segments,
     ) -> FloatTensor<Self>;
+
+    /// See [`in_f32`].
+    fn fused_in_f32(x: FloatTensor<Self>) -> FloatTensor<Self>;
+
+    /// See [`rows_of`].
+    fn fused_rows_of(table: FloatTensor<Self>, ids: IntTensor<Self>) -> FloatTensor<Self>;
 
     /// See [`linear()`]; rows `groups[e] .. groups[e + 1]` of x belong to the e-th of E equal parts of
     /// the weight's rows, which is empty where it is quantised.
@@ -136,11 +175,26 @@ pub trait KernelGradients: Kernels {
         layout: rope::RopeLayout,
     ) -> FloatTensor<Self>;
 
+    /// Gradient of x.
+    fn activate_backward(
+        x: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+        by: Activation,
+    ) -> FloatTensor<Self>;
+
+    /// Gradient of the pairs.
+    fn clamped_gate_backward(
+        pairs: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+        by: ClampedGate,
+    ) -> FloatTensor<Self>;
+
     /// Gradients of gate and up.
-    fn swiglu_backward(
+    fn gated_backward(
         gate: FloatTensor<Self>,
         up: FloatTensor<Self>,
         grad: FloatTensor<Self>,
+        by: Activation,
     ) -> (FloatTensor<Self>, FloatTensor<Self>);
 
     /// Output and the log-sum-exp of each score row, `[H, N]`.

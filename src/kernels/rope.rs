@@ -11,7 +11,7 @@ use burn::tensor::Tensor;
 use burn_flex::FlexTensor;
 use rayon::prelude::*;
 
-use super::{KernelGradients, Kernels, flex, is_cpu};
+use super::{KernelGradients, Kernels, flex, is_fused};
 
 /// Which columns of x rotate against each other.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -38,7 +38,7 @@ pub fn rope(x: Tensor<2>, cos: Tensor<2>, sin: Tensor<2>, layout: RopeLayout) ->
         width.is_multiple_of(layout.head_dim) && rotated <= layout.head_dim,
         "{rotated} columns of each head rotate in {width}, {layout:?}"
     );
-    if is_cpu(&x.device()) {
+    if is_fused(&x.device()) {
         Tensor::from_dispatch(Dispatch::fused_rope(
             x.into_dispatch(),
             cos.into_dispatch(),

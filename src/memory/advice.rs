@@ -97,7 +97,7 @@ fn changes(plan: &Plan, model: &ModelConfig, on_cpu: bool) -> Vec<Change> {
         Quantization::None => &["int8", "nf4", "nf4-double"][..],
         Quantization::Int8 => &["nf4", "nf4-double"],
         Quantization::Nf4 => &["nf4-double"],
-        Quantization::Nf4Double => &[],
+        Quantization::Nf4Double | Quantization::Gguf => &[],
     };
     for scheme in schemes {
         let price = match *scheme {

@@ -130,6 +130,7 @@ fn attention(reader: &mut TensorReader, path: &str, parts: LayerConfig) -> Read<
             scale: config.attention_scale as f32,
             window: parts.window,
             soft_cap: config.attention_soft_cap.map(|cap| cap as f32),
+            in_bf16: reader.keeps_bf16(),
         },
         rope: parts.rope,
         layout: RopeLayout {
@@ -190,6 +191,7 @@ fn latent_attention(
             scale: config.attention_scale as f32,
             window: parts.window,
             soft_cap: None,
+            in_bf16: reader.keeps_bf16(),
         },
         rope_dim: rope,
         rope: parts.rope.unwrap_or(0),
@@ -273,7 +275,7 @@ fn experts(reader: &mut TensorReader, path: &str, moe: MoeConfig) -> Read<Moe> {
     let config = reader.config().clone();
     let (family, hidden) = (config.family, config.hidden_size);
     let (experts, width) = (moe.num_experts, moe.intermediate_size);
-    let biased = matches!(moe.gate, ExpertGate::Clamped { .. });
+    let biased = matches!(moe.gate, ExpertGate::Clamped(_));
     let path = format!("{path}.mlp");
     let router = format!("{path}.{}", family.router);
     let gate = reader.router(&router, [experts, hidden], biased)?;

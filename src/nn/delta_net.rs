@@ -4,7 +4,9 @@ use burn::tensor::{Int, Tensor, activation};
 
 use super::{Dropout, LoraLinear, Norm, Parameter, Visitor};
 use crate::kernels::delta_rule::delta_rule_from;
-use crate::kernels::{DeltaHeads, DeltaInputs, Segments, causal_conv, delta_rule, swiglu};
+use crate::kernels::{
+    Activation, DeltaHeads, DeltaInputs, Segments, causal_conv, delta_rule, gated,
+};
 
 /// Linear attention: a short convolution, the gated delta rule, and a gated norm. No positions.
 ///
@@ -161,7 +163,8 @@ impl DeltaNet {
         let [n, width] = out.dims();
         let each_head = out.reshape([n * heads.value_heads, heads.value_dim]);
         let normed = self.norm.forward(each_head).reshape([n, width]);
-        self.out_proj.forward(swiglu(z, normed), dropout)
+        let gated = gated(z, normed, Activation::Silu);
+        self.out_proj.forward(gated, dropout)
     }
 
     /// `[N, W]` → `[N, W]`

@@ -1,8 +1,8 @@
 //! Dropout on an adapter's input, from counter-based random numbers.
 
-use burn::tensor::{Tensor, TensorData};
-use rayon::prelude::*;
+use burn::tensor::Tensor;
 
+use crate::kernels::{self, DropMask};
 use crate::random::Stream;
 
 /// The random numbers of one forward pass; the same key draws the same mask again, which resume
@@ -26,20 +26,6 @@ impl Dropout {
     ///
     /// `module` tells apart the layers of a model.
     pub fn apply(self, x: Tensor<2>, p: f64, module: u64) -> Tensor<2> {
-        let [n, d] = x.dims();
-        let stream = self.stream.split(module);
-        let keep = (1.0 / (1.0 - p)) as f32;
-        let mask: Vec<f32> = (0..n * d)
-            .into_par_iter()
-            .map(|i| {
-                if stream.uniform(i as u64) < p {
-                    0.0
-                } else {
-                    keep
-                }
-            })
-            .collect();
-        let mask = Tensor::<2>::from_data(TensorData::new(mask, [n, d]), &x.device().inner());
-        x * mask
+        kernels::dropout(x, DropMask::new(self.stream.split(module), p))
     }
 }

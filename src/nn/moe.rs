@@ -11,7 +11,7 @@ use burn::tensor::{Int, Tensor, TensorData, activation};
 
 use super::{Dropout, ExpertLinear, LoraLinear, Mlp, Parameter, Visitor};
 use crate::device::to_vec;
-use crate::kernels::{self, Activation};
+use crate::kernels::{self, Activation, ClampedGate};
 
 /// A feed-forward layer of several experts.
 #[derive(Debug, Clone)]
@@ -34,12 +34,7 @@ pub enum ExpertGate {
     /// `act(gate) · up`, gate and up in halves.
     Halves(Activation),
     /// gpt-oss: gate and up take turns, both are clamped, and `gate · σ(α gate) · (up + 1)`.
-    Clamped {
-        /// α
-        alpha: f32,
-        /// Largest magnitude.
-        limit: f32,
-    },
+    Clamped(ClampedGate),
 }
 
 /// An expert that sees every token.
@@ -206,18 +201,13 @@ impl Moe {
 
 impl ExpertGate {
     fn apply(self, wide: Tensor<2>) -> Tensor<2> {
-        let [n, width] = wide.dims();
-        let half = width / 2;
         match self {
             Self::Halves(activation) => {
+                let half = wide.dims()[1] / 2;
                 let gate = wide.clone().narrow(1, 0, half);
                 kernels::gated(gate, wide.narrow(1, half, half), activation)
             }
-            Self::Clamped { alpha, limit } => {
-                let pairs = wide.reshape([n, half, 2]);
-                let part = |i| pairs.clone().narrow(2, i, 1).reshape([n, half]);
-                kernels::clamped_swiglu(part(0), part(1), alpha, limit)
-            }
+            Self::Clamped(gate) => kernels::clamped_gate(wide, gate),
         }
     }
 }

@@ -4,9 +4,12 @@ use std::collections::BTreeMap;
 
 use burn::tensor::{Tensor, TensorData};
 
+use super::moments::Moments;
+use super::moments_8bit;
 use super::step::Gradients;
 use crate::adapter::linalg::{Matrix, shifted_inverse};
 use crate::device::to_vec;
+use crate::kernels::AdamwStep;
 use crate::model::{CausalLm, names};
 use crate::nn::Parameter;
 use crate::recipe::TrainPlan;
@@ -39,6 +42,37 @@ impl AdamWConfig {
             false => rate,
         }
     }
+
+    /// The `steps`-th step of a tensor, in torch's order of operations.
+    fn step(self, rate: f64, steps: usize, decays: bool) -> AdamwStep {
+        let [correction1, correction2] = self.corrections(steps);
+        let decay = if decays { self.weight_decay } else { 0.0 };
+        AdamwStep {
+            keep: [self.beta1 as f32, self.beta2 as f32],
+            share: [(1.0 - self.beta1) as f32, (1.0 - self.beta2) as f32],
+            before: (1.0 - rate * decay) as f32,
+            divisor: correction2.sqrt() as f32,
+            eps: self.eps as f32,
+            rate: (rate / correction1) as f32,
+            after: 1.0,
+        }
+    }
+
+    /// The same as Hugging Face's old AdamW has it (see [`AdamW::lora_fa`]).
+    fn old_step(self, rate: f64, steps: usize) -> AdamwStep {
+        let [correction1, correction2] = self.corrections(steps);
+        AdamwStep {
+            divisor: 1.0,
+            rate: (rate * correction2.sqrt() / correction1) as f32,
+            after: (1.0 - rate * self.weight_decay) as f32,
+            ..self.step(rate, steps, false)
+        }
+    }
+
+    /// What the moments still lack, because they start at zero: `1 - βᵗ`.
+    fn corrections(self, steps: usize) -> [f64; 2] {
+        [self.beta1, self.beta2].map(|beta| 1.0 - beta.powi(steps as i32))
+    }
 }
 
 impl From<&TrainPlan> for AdamWConfig {
@@ -63,19 +97,12 @@ pub struct AdamW {
     config: AdamWConfig,
     /// Steps taken so far.
     pub steps: usize,
-    /// First and second moments of each tensor, flat, in f32.
+    /// The moments of each tensor.
     pub moments: BTreeMap<String, Moments>,
     /// What LoRA-FA multiplies the gradient of each B by; `None` for plain AdamW.
     projections: Option<BTreeMap<String, Tensor<2>>>,
-}
-
-/// The moments of one tensor.
-#[derive(Debug, Clone)]
-pub struct Moments {
-    /// Mean of gradients.
-    pub first: Tensor<1>,
-    /// Mean of squared gradients.
-    pub second: Tensor<1>,
+    /// Whether the moments of all but small tensors are in 8 bits.
+    in_8_bits: bool,
 }
 
 impl AdamW {
@@ -86,7 +113,23 @@ impl AdamW {
             steps: 0,
             moments: BTreeMap::new(),
             projections: None,
+            in_8_bits: false,
         }
+    }
+
+    /// With moments in 8 bits, a quarter of the memory, but for those of small tensors (arXiv 2110.02861).
+    /// They are in host memory whatever the device, so that on a GPU they take none of its memory, and
+    /// gradients and weights travel at each step.
+    pub fn in_8_bits(config: AdamWConfig) -> Self {
+        Self {
+            in_8_bits: true,
+            ..Self::new(config)
+        }
+    }
+
+    /// Bytes that the moments take.
+    pub fn bytes(&self) -> usize {
+        self.moments.values().map(Moments::bytes).sum()
     }
 
     /// LoRA-FA (arXiv 2308.03303), as PEFT has it: A is frozen, and the gradient of B becomes
@@ -120,52 +163,30 @@ impl AdamW {
     /// Face's Trainer.
     pub fn step(&mut self, model: &mut CausalLm, mut gradients: Gradients, learning_rate: f64) {
         self.steps += 1;
-        let AdamWConfig {
-            beta1,
-            beta2,
-            eps,
-            weight_decay,
-            ..
-        } = self.config;
-        let config = self.config;
-        let correction1 = 1.0 - beta1.powi(self.steps as i32);
-        let correction2 = 1.0 - beta2.powi(self.steps as i32);
-        let (moments, projections) = (&mut self.moments, &self.projections);
+        let (config, steps) = (self.config, self.steps);
+        let (mut moments, in_8_bits) = (std::mem::take(&mut self.moments), self.in_8_bits);
         model.visit_trainable(&mut |name, mut parameter| {
             let Some(mut gradient) = gradients.remove(name) else {
                 return;
             };
-            if let Some(projection) = projections.as_ref().and_then(|p| p.get(name)) {
+            let [n] = gradient.dims();
+            if let Some(projection) = self.projections.as_ref().and_then(|p| p.get(name)) {
                 let [rank, _] = projection.dims();
-                let n = gradient.dims()[0];
                 let rows = gradient.reshape([n / rank, rank]);
                 gradient = rows.matmul(projection.clone()).reshape([n]);
             }
-            let (first, second) = match moments.remove(name) {
-                Some(Moments { first, second }) => (first, second),
-                None => (gradient.zeros_like(), gradient.zeros_like()),
+            let moments = (moments.entry(name.to_string())).or_insert_with(|| {
+                let small = n < moments_8bit::FEWEST;
+                Moments::zeros(n, in_8_bits && !small, &gradient.device())
+            });
+            let rate = config.rate_of(name, &parameter.shape(), learning_rate);
+            let step = match self.projections.is_some() {
+                true => config.old_step(rate, steps),
+                false => config.step(rate, steps, decays(name, &parameter.shape())),
             };
-            let first = first * beta1 + gradient.clone() * (1.0 - beta1);
-            let second = second * beta2 + gradient.square() * (1.0 - beta2);
-            let learning_rate = config.rate_of(name, &parameter.shape(), learning_rate);
-            let mut values = parameter.flat();
-            let root = second.clone().sqrt();
-            if projections.is_some() {
-                let rate = learning_rate * correction2.sqrt() / correction1;
-                values = values - first.clone() / (root + eps) * rate;
-                if weight_decay != 0.0 {
-                    values = values * (1.0 - learning_rate * weight_decay);
-                }
-            } else {
-                if weight_decay != 0.0 && decays(name, &parameter.shape()) {
-                    values = values * (1.0 - learning_rate * weight_decay);
-                }
-                let scale = root / correction2.sqrt() + eps;
-                values = values - first.clone() / scale * (learning_rate / correction1);
-            }
-            parameter.set_flat(values);
-            moments.insert(name.to_string(), Moments { first, second });
+            parameter.update(|values| moments.step(values, gradient, step));
         });
+        self.moments = moments;
     }
 }
 

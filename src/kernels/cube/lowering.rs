@@ -6,7 +6,7 @@ use std::sync::Arc;
 use cubecl::ir::{DeviceProperties, TargetProperties};
 use cubecl::prelude::*;
 
-use super::rms_norm;
+use super::{activation, adamw, attention, clamped_gate, dropout, linear_samples, rms_norm, rope};
 
 /// A device that kernels are compiled for.
 #[derive(Clone)]
@@ -42,5 +42,15 @@ impl Sample {
 
 /// One or more samples of each kernel.
 pub fn samples(target: &Target) -> Vec<Sample> {
-    [rms_norm::samples(target)].into_iter().flatten().collect()
+    let samples = [
+        activation::samples(target),
+        adamw::samples(target),
+        attention::samples(target),
+        clamped_gate::samples(target),
+        dropout::samples(target),
+        linear_samples::samples(target),
+        rms_norm::samples(target),
+        rope::samples(target),
+    ];
+    samples.into_iter().flatten().collect()
 }

@@ -131,9 +131,11 @@ fn weight_kernel(
     if column < d {
         let end = min((part + 1) * run, n);
         let mut sum = 0.0f32;
-        for row in part * run..end {
+        let mut row = part * run;
+        while row < end {
             let at = row * d + column;
             sum += grad[at] * x[at] * inverse[row];
+            row += 1;
         }
         sums[part * d + column] = sum;
     }

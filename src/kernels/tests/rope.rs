@@ -2,6 +2,8 @@
 
 use burn::tensor::{Device, Int, Tensor};
 
+#[cfg(feature = "gpu")]
+use super::gpu::{compare_on, gpu_or_skip};
 use super::{assert_close, compare, device, random};
 use crate::kernels::rope::{self, RopeLayout, rope};
 
@@ -93,6 +95,33 @@ fn a_quarter_turn_moves_each_column_onto_its_partner() {
         for rotate in [rope, rope::reference] {
             let got = rotate(x.clone(), cos.clone(), sin.clone(), layout);
             assert_close("quarter turn", got, Tensor::from_floats(want, &device));
+        }
+    }
+}
+
+/// Whole and partial heads, with columns in fours and not.
+#[cfg(feature = "gpu")]
+#[test]
+fn rope_on_a_gpu() {
+    let Some(gpu) = gpu_or_skip() else { return };
+    for (n, heads, head_dim, half) in [(1, 2, 7, 2), (63, 3, 80, 16), (65, 2, 96, 48)] {
+        for interleaved in [false, true] {
+            let layout = RopeLayout {
+                head_dim,
+                interleaved,
+            };
+            let (cos, sin) = turns(n, half);
+            let on_gpu = [cos.clone(), sin.clone()].map(|x| x.to_device(&gpu));
+            compare_on(
+                &gpu,
+                &format!("rope {n}x{heads}, {half} angles, {layout:?}"),
+                &[random([n, heads * head_dim])],
+                |x| {
+                    let [cos, sin] = on_gpu.clone();
+                    rope(x[0].clone(), cos, sin, layout)
+                },
+                |x| rope::reference(x[0].clone(), cos.clone(), sin.clone(), layout),
+            );
         }
     }
 }

@@ -3,6 +3,7 @@
 use super::dense::attention_bias;
 use super::keys::{LayerType, layer_types, slide, slide_all, sparse_steps, window};
 use super::{Defaults, ExpertFiles, Family, Fields, LLAMA_DEFAULTS, LLAMA_LIKE};
+use crate::kernels::ClampedGate;
 use crate::model::config::{
     ConfigError, LatentConfig, ModelConfig, MoeConfig, QkNorm, RopeScaling,
 };
@@ -203,10 +204,10 @@ pub(super) static GPT_OSS: Family = Family {
             intermediate_size: config.intermediate_size,
             shared_intermediate_size: 0,
             rule: RouterRule::TopSoftmax,
-            gate: ExpertGate::Clamped {
+            gate: ExpertGate::Clamped(ClampedGate {
                 alpha: fields.number("swiglu_alpha")?.unwrap_or(1.702) as f32,
                 limit: fields.number("swiglu_limit")?.unwrap_or(7.0) as f32,
-            },
+            }),
             router_aux_loss_coef: aux_loss(fields)?,
         });
         Ok(())
