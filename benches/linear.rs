@@ -49,7 +49,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             .map_err(|e| format!("{e:?}"))?;
         let quantised = |scheme, in_bf16| {
             let matrix = QuantMatrix::quantise(&values, shape, scheme).expect("finite");
-            Weight::Quantised(Arc::new(QuantWeight { matrix, in_bf16 }))
+            Weight::Quantised(Arc::new(QuantWeight::new(matrix, in_bf16, &Device::flex())))
         };
         for (name, weight) in [
             ("f32", dense.clone().into()),

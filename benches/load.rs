@@ -4,7 +4,10 @@
 //! line; the peak is the highest resident memory of the process without the pages of mapped files,
 //! sampled each millisecond, beside the kernel's own high-water mark with them.
 //!
+//! With `--cache`, quantised matrices are kept there, and the second run maps them.
+//!
 //!     cargo bench --bench load -- --storage as-stored
+//!     cargo bench --bench load -- --dir model --quantization nf4 --cache kept
 
 mod random_model;
 
@@ -15,6 +18,7 @@ use std::time::{Duration, Instant};
 
 use burn::tensor::Device;
 use clap::{Parser, ValueEnum};
+use lorafit::model::quant_cache::{Cached, QuantCache};
 use lorafit::model::weights::Weights;
 use lorafit::model::{CausalLm, Keep, Storage};
 use lorafit::recipe::Quantization;
@@ -31,6 +35,9 @@ struct Args {
     /// How its linear layers are quantised: none, nf4, nf4-double or int8
     #[arg(long, default_value = "none", value_parser = quantization)]
     quantization: Quantization,
+    /// Where quantised matrices are kept
+    #[arg(long)]
+    cache: Option<PathBuf>,
     /// Given by `cargo bench`
     #[arg(long, hide = true)]
     bench: bool,
@@ -74,9 +81,10 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         let keep = Keep {
             storage,
             linears: args.quantization.scheme(),
+            gguf_blocks: args.quantization == Quantization::Gguf,
             ..Keep::default()
         };
-        let model = load(dir, keep);
+        let model = load(dir, keep, args.cache.clone());
         done.store(true, Ordering::Relaxed);
         model
     })?;
@@ -85,7 +93,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     println!(
         "{}",
         json!({
-            "storage": format!("{:?}", args.storage), "quantization": args.quantization, "file_bytes": bytes, "seconds": seconds,
+            "storage": format!("{:?}", args.storage), "quantization": args.quantization, "cached": args.cache, "file_bytes": bytes, "seconds": seconds,
             "peak_beyond_mapped_bytes": peak, "of_file": peak as f64 / bytes as f64,
             "vm_hwm_bytes": status("VmHWM"), "layers": model.config().num_hidden_layers,
         })
@@ -97,11 +105,24 @@ fn quantization(word: &str) -> Result<Quantization, serde_json::Error> {
     serde_json::from_value(word.into())
 }
 
-fn load(dir: &Path, keep: Keep) -> Result<CausalLm, String> {
+fn load(dir: &Path, keep: Keep, cache: Option<PathBuf>) -> Result<CausalLm, String> {
     let weights = Weights::open(dir).map_err(|error| error.to_string())?;
     let config = weights.config().map_err(|error| error.to_string())?;
     let device = Device::flex();
-    CausalLm::load_as(&weights, config, &device, keep).map_err(|error| error.to_string())
+    let cached = cache.zip(keep.linears).and_then(|(dir, scheme)| {
+        let cache = QuantCache::new(Some(dir), 100.0)?;
+        Some(cache.of_base(&weights, &config, scheme, keep.in_f32))
+    });
+    let keep = Keep {
+        cached: cached.as_ref(),
+        ..keep
+    };
+    let model = CausalLm::load_as(&weights, config, &device, keep);
+    let model = model.map_err(|error| error.to_string())?;
+    match cached.and_then(Cached::finish) {
+        Some(reason) => Err(reason),
+        None => Ok(model),
+    }
 }
 
 /// A line of `/proc/self/status`, in bytes; `None` where there is no such file.

@@ -137,6 +137,7 @@ fn load(
     let keep = Keep {
         storage,
         linears: args.quantization.scheme(),
+        gguf_blocks: args.quantization == Quantization::Gguf,
         ..Keep::default()
     };
     let mut model = CausalLm::load_as(&weights, weights.config()?, device, keep)?;

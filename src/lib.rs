@@ -28,6 +28,7 @@ pub mod data;
 
 pub mod quant;
 
+mod cache_dir;
 pub mod device;
 pub mod kernels;
 pub mod nn;

@@ -10,11 +10,13 @@ use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
 
-use burn::tensor::Device;
+use burn::tensor::{Device, Tensor};
 use lorafit::data::IGNORE_INDEX;
 use lorafit::data::batch::Batch;
 use lorafit::device::{self, to_vec};
+use lorafit::kernels::{QuantWeight, Weight, linear};
 use lorafit::model::{CausalLm, Tokens};
+use lorafit::quant::{QuantMatrix, Scheme};
 use lorafit::train::optimizer::{AdamW, AdamWConfig};
 use lorafit::train::recompute::Retain;
 use lorafit::train::step::{self, DropoutSeed};
@@ -133,6 +135,7 @@ fn a_gpu_gives_the_numbers_of_the_cpu() {
         assert_equal(&want, &got, TOLERANCE, &what);
     }
     recompute_changes_nothing(&mut on_gpu, &batch(true));
+    quantised_weights_stay_quantised(&gpu);
     let batch = batch(true);
     let (want, got) = (train(&mut on_cpu, &batch, 4), train(&mut on_gpu, &batch, 4));
     assert!(want[3] < want[0] * 0.95, "nothing was learned: {want:?}");
@@ -158,15 +161,40 @@ fn recompute_changes_nothing(model: &mut CausalLm, batch: &Batch) {
     }
 }
 
-/// Losses of the first steps of `recipes/quickstart.yaml`, as a user trains it, with another setting.
-fn quickstart(device: &str, set: &str) -> Vec<f64> {
+/// A quantised weight is multiplied, forward and backward, without ever being whole in f32.
+fn quantised_weights_stay_quantised(gpu: &Device) {
+    let shape @ [out, input] = [4096, 8192];
+    let values: Vec<f32> = (0..out * input)
+        .map(|i| (i * 7919 % 1013) as f32 / 1013.0 - 0.5)
+        .collect();
+    let matrix = QuantMatrix::quantise(&values, shape, Scheme::Nf4Double).expect("finite");
+    let reserved = || {
+        gpu.sync().expect("the device works");
+        gpu.memory_pool_usage().expect("counted").bytes_reserved
+    };
+    let before = reserved();
+    let weight = Weight::Quantised(Arc::new(QuantWeight::new(matrix, false, gpu)));
+    let x = Tensor::<2>::ones([2, input], gpu).autodiff().require_grad();
+    let y = linear(x.clone(), weight);
+    let mut gradients = y.sum().backward();
+    let gradient = x.grad_remove(&mut gradients).expect("a gradient");
+    assert_eq!(gradient.dims(), [2, input]);
+    let (grown, dense) = (reserved() - before, 4 * (out * input) as u64);
+    assert!(
+        grown < dense / 2,
+        "{grown} bytes for a weight of {dense} in f32"
+    );
+}
+
+/// Losses of the first steps of `recipes/quickstart.yaml`, as a user trains it, with other settings.
+fn quickstart(device: &str, sets: [&str; 2]) -> Vec<f64> {
     let scratch = tempfile::tempdir().expect("a scratch directory");
     let run = scratch.path().join("run");
     let output = Command::new(env!("CARGO_BIN_EXE_lorafit"))
         .current_dir(Path::new(env!("CARGO_MANIFEST_DIR")))
         .env("LORAFIT_CACHE", scratch.path().join("cache"))
         .args(["train", "recipes/quickstart.yaml", "--device", device])
-        .args(["--set", set, "--set", "train.precision=f32"])
+        .args(["--set", sets[0], "--set", sets[1]])
         .args([
             "--set",
             "train.max_steps=3",
@@ -207,14 +235,17 @@ fn the_quickstart_trains_on_a_gpu() {
         return;
     }
     let mut seen = Vec::new();
-    for set in ["base.quantization=none", "base.quantization=nf4-double"] {
-        let (want, got) = (quickstart("cpu", set), quickstart("webgpu", set));
+    for sets in [
+        ["base.quantization=none", "train.precision=f32"],
+        ["base.quantization=nf4-double", "train.precision=f16"],
+    ] {
+        let (want, got) = (quickstart("cpu", sets), quickstart("webgpu", sets));
         assert_eq!((want.len(), got.len()), (3, 3));
         for (want, got) in want.iter().zip(&got) {
             let off = (want - got).abs() / want;
             assert!(
                 off < TRAINED_TOLERANCE,
-                "{set}: {want} on the CPU, {got} on the GPU: {off:.2e}"
+                "{sets:?}: {want} on the CPU, {got} on the GPU: {off:.2e}"
             );
         }
         seen.push(got);

@@ -11,6 +11,7 @@ use lorafit::random::Stream;
 use serde_json::Value;
 
 use crate::fixture::{Ran, Workspace, chat};
+use crate::optimizer::overflowing;
 
 /// Everything that a state must carry is in use: dropout, shuffling over several epochs, Adam's
 /// moments, a schedule, the best evaluation, samples drawn at random.
@@ -57,6 +58,16 @@ fn workspace(kind: &str) -> Workspace {
         "quantised" => {
             let quantised = "base: {model: base, quantization: nf4-double}";
             RECIPE.replace("base: {model: base}", quantised)
+        }
+        "eight_bit" => {
+            // Tensors of 4096 numbers and more are quantised: 64 columns in rank 64.
+            let recipe = RECIPE.replace("train:\n", "train:\n  optimizer: adamw_8bit\n");
+            recipe.replace("rank: 8", "rank: 64")
+        }
+        "overflowing" => {
+            overflowing(&workspace.path("base/model.safetensors"));
+            let recipe = RECIPE.replace("train:\n", "train:\n  precision: f16\n");
+            recipe.replace("rank: 8", "rank: 8, modules_to_save: [lm_head]")
         }
         "full" => RECIPE.replace(adapter, "adapter: {method: full}"),
         "streamed" => {
@@ -142,7 +153,7 @@ fn numbers(workspace: &Workspace, out: &str) -> Vec<Value> {
     for mut event in events {
         let event: &mut Value = &mut event;
         let kind = event["event"].as_str().expect("an event").to_string();
-        if ["step", "eval", "sample", "early_stop"].contains(&kind.as_str()) {
+        if ["step", "overflow", "eval", "sample", "early_stop"].contains(&kind.as_str()) {
             let fields = event.as_object_mut().expect("an object");
             for timing in [
                 "seconds",
@@ -190,7 +201,8 @@ fn straight(workspace: &Workspace) {
             .filter(|event| event["event"] == kind)
             .count()
     };
-    assert_eq!((count("step"), count("eval"), count("sample")), (14, 5, 5));
+    let steps = count("step") + count("overflow");
+    assert_eq!((steps, count("eval"), count("sample")), (14, 5, 5));
 }
 
 /// Whether a step is in the metrics of a run.
@@ -250,6 +262,16 @@ fn an_interrupted_run_in_bf16_goes_on_exactly() {
 #[test]
 fn an_interrupted_run_on_a_quantised_base_goes_on_exactly() {
     interrupted_at("quantised", &[3, 8]);
+}
+
+#[test]
+fn an_interrupted_run_with_moments_in_8_bits_goes_on_exactly() {
+    interrupted_at("eight_bit", &[3, 8]);
+}
+
+#[test]
+fn an_interrupted_run_that_skipped_steps_goes_on_exactly() {
+    interrupted_at("overflowing", &[8, 10]);
 }
 
 #[test]

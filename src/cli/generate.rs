@@ -19,6 +19,7 @@ use crate::infer::{self, Sampling};
 use crate::model::config::ModelConfig;
 use crate::model::weights::Weights;
 use crate::model::{CausalLm, Keep};
+use crate::recipe::Quantization;
 
 /// Generates and streams the answer.
 ///
@@ -55,6 +56,7 @@ pub fn run(args: &GenerateArgs, output: &Output) -> anyhow::Result<Exit> {
     warn(&tokenizer, args, &mut renderer);
     let keep = Keep {
         linears: args.quantization.scheme(),
+        gguf_blocks: args.quantization == Quantization::Gguf,
         ..Keep::default()
     };
     let mut model = CausalLm::load_as(&weights, config, &device.device, keep)

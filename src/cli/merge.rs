@@ -16,6 +16,7 @@ use crate::export::merged::{self, MergeJob, MergeReport, Rounding};
 use crate::export::verify::{self, Comparison, Distance, Merged};
 use crate::export::write;
 use crate::hub;
+use crate::model::weights::{Weights, WeightsError};
 use crate::recipe::{AdapterMethod, Quantization};
 use crate::train::run_dir::{self, RunDir};
 
@@ -46,6 +47,10 @@ pub fn run(args: &MergeArgs, output: &Output) -> anyhow::Result<Exit> {
         renderer.download(&p)
     })?;
     renderer.finish_bar();
+    if request.quantization == Quantization::Gguf && Weights::open(&base)?.gguf().is_none() {
+        let path = base.clone();
+        return Err(Usage(WeightsError::NotGguf { path }.to_string()).into());
+    }
     let trained_on = request.quantization.scheme();
     let into = trained_on.filter(|_| args.base_precision == BasePrecision::Quantized);
     let job = MergeJob {
@@ -89,12 +94,18 @@ pub fn run(args: &MergeArgs, output: &Output) -> anyhow::Result<Exit> {
         return Ok(Exit::Interrupted);
     }
     let report = prepared.publish()?;
-    show(&report, comparison.as_ref(), &request.out, &mut renderer);
+    show(&report, comparison.as_ref(), &request, &mut renderer);
     Ok(Exit::Done)
 }
 
 /// Shows what was written and how well it compares.
-fn show(report: &MergeReport, verified: Option<&Comparison>, out: &Path, renderer: &mut Renderer) {
+fn show(
+    report: &MergeReport,
+    verified: Option<&Comparison>,
+    request: &Request,
+    renderer: &mut Renderer,
+) {
+    let out = &request.out;
     if !report.unchanged.is_empty() {
         renderer.warn(&Warning::LostInRounding {
             unchanged: report.unchanged.clone(),
@@ -157,6 +168,10 @@ fn show(report: &MergeReport, verified: Option<&Comparison>, out: &Path, rendere
     ];
     if let Some(from_trained) = from_trained {
         lines.push(("as trained", from_trained));
+    }
+    if request.quantization == Quantization::Gguf {
+        let text = "the weights of the base's GGUF blocks, of which --base-precision original and quantized are the same";
+        lines.push(("as trained", text.to_owned()));
     }
     renderer.result(&event, &lines);
 }

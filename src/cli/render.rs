@@ -314,6 +314,13 @@ fn describe(event: &Event) -> String {
             )
         }
         Event::Step { step, loss, .. } => format!("step {step}  loss {loss:.4}"),
+        Event::Overflow {
+            step,
+            loss_scale,
+            skipped,
+        } => format!(
+            "step {step}: gradients overflowed, so the step is skipped and the loss scale falls to {loss_scale} ({skipped} skipped so far)"
+        ),
         Event::Eval { step, loss, best } => format!(
             "step {step}: validation loss {loss:.4}, perplexity {:.2}{}",
             loss.exp(),

@@ -7,13 +7,15 @@ use anyhow::Context;
 use super::args::{Output, TrainArgs};
 use super::check::{ok, plan, prepared, summary};
 use super::render::Renderer;
+use super::warnings::Warning;
 use super::{Exit, Usage, fits, interrupt};
 use crate::data::feed::Feed;
 use crate::device;
 use crate::model::CausalLm;
-use crate::recipe::Optimizer;
+use crate::recipe::{Optimizer, Precision};
 use crate::train::event::Event;
 use crate::train::finish;
+use crate::train::loss_scale::LossScale;
 use crate::train::memory;
 use crate::train::optimizer::{AdamW, AdamWConfig};
 use crate::train::prepare::Prepared;
@@ -46,16 +48,19 @@ pub fn run(args: &TrainArgs, output: &Output) -> anyhow::Result<Exit> {
     let states = run.states();
     let progress = progress(&prepared, &states, args.resume)?;
     let mut model = prepared
-        .model(&device.device)
+        .model(&device.device, &mut |reason| {
+            renderer.warn(&Warning::QuantisedNotKept { reason });
+        })
         .context("cannot load the base model")?;
     let config = AdamWConfig::from(&prepared.plan.train);
     let mut optimizer = match prepared.plan.train.optimizer {
         Optimizer::Adamw => AdamW::new(config),
+        Optimizer::Adamw8bit => AdamW::in_8_bits(config),
         Optimizer::LoraFa => AdamW::lora_fa(config, &mut model),
     };
     if progress.step > 0 {
         run_state::load_weights(&states, progress.step, &mut model)?;
-        run_state::load_optimizer(&states, progress.step, &mut optimizer, &device.device)?;
+        run_state::load_optimizer(&states, &progress, &mut optimizer, &device.device)?;
     }
     let feed = Feed::new(
         &prepared.plan,
@@ -124,7 +129,11 @@ fn progress(prepared: &Prepared, states: &Path, resume: bool) -> anyhow::Result<
     let inputs = prepared.fingerprint();
     let last = run_state::list(states).last().copied();
     let Some(step) = last.filter(|_| resume) else {
-        return Ok(Progress::new(inputs));
+        let in_f16 = prepared.plan.train.precision == Precision::F16;
+        return Ok(Progress {
+            loss_scale: in_f16.then(LossScale::default),
+            ..Progress::new(inputs)
+        });
     };
     let progress = run_state::progress(states, step)?;
     if progress.inputs != inputs {

@@ -72,6 +72,14 @@ pub enum Warning {
         /// What went wrong where.
         reason: String,
     },
+    /// The quantised base is not kept.
+    #[error(
+        "the quantised base is not kept for the next run, which will quantise it again: {reason}; make room there, name another directory in base.cache_dir, or set base.cache_limit: 0"
+    )]
+    QuantisedNotKept {
+        /// What went wrong where.
+        reason: String,
+    },
     /// Prompts are given as they are.
     #[error(
         "the tokenizer has no chat template, so prompts are given to the model as plain text; {remedy}"

@@ -22,9 +22,9 @@ impl ValueEnum for BasePrecision {
     fn to_possible_value(&self) -> Option<PossibleValue> {
         Some(match self {
             Self::Original => PossibleValue::new("original")
-                .help("the base's own weights, which servers put the adapter on"),
+                .help("the base's own weights, which servers put the adapter on; of a GGUF file, those that its blocks stand for"),
             Self::Quantized => PossibleValue::new("quantized")
-                .help("what the quantised weights stand for, on which it was trained"),
+                .help("what the quantised weights stand for, on which it was trained; with gguf, the same as original"),
         })
     }
 }

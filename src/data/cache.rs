@@ -8,48 +8,33 @@
 use std::fs::{self, File};
 use std::io::{self, BufWriter};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, SystemTime};
 
 use super::store::{Store, StoreWriter};
+use crate::cache_dir::{CacheDir, Partial};
 use crate::recipe::plan::DataPlan;
 
 /// What stores are called.
 const EXTENSION: &str = "tokens";
-/// What they and their index are called while they are written.
-const PARTIAL: &str = "partial";
-/// A file that is being written is left alone for this long.
-const ABANDONED: Duration = Duration::from_secs(24 * 3600);
-const GIB: f64 = (1u64 << 30) as f64;
 
 /// The directory of stores.
 #[derive(Debug)]
-pub struct Cache {
-    dir: PathBuf,
-    limit: u64,
-}
+pub struct Cache(CacheDir);
 
 impl Cache {
     /// The cache of a plan; `None` where it keeps nothing or there is no place for it.
     pub fn of(plan: &DataPlan) -> Option<Self> {
-        let limit = (plan.cache_limit * GIB) as u64;
-        let dir = plan.cache_dir.clone().or_else(default_dir)?;
-        (limit > 0).then_some(Self { dir, limit })
+        CacheDir::in_gib(plan.cache_dir.clone(), plan.cache_limit, EXTENSION).map(Self)
     }
 
     /// The directory.
     pub fn dir(&self) -> &Path {
-        &self.dir
+        self.0.dir()
     }
 
     /// The store of this name, if it is there and whole; it counts as used now.
     pub fn find(&self, key: &str) -> Option<Store> {
-        let path = self.path(key);
-        let store = Store::open(&path).ok()?;
-        if let Ok(file) = File::options().append(true).open(&path) {
-            // Only the order of removal depends on it.
-            let _ = file.set_modified(SystemTime::now());
-        }
+        let store = Store::open(&self.0.path(key)).ok()?;
+        self.0.touch(key);
         Some(store)
     }
 
@@ -58,26 +43,20 @@ impl Cache {
     /// # Errors
     /// The directory cannot be made or written.
     pub fn begin(&self, key: &str) -> io::Result<Pending> {
-        static NUMBER: AtomicU64 = AtomicU64::new(0);
-        fs::create_dir_all(&self.dir)?;
-        self.remove_abandoned();
-        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
-        let name = format!("{key}.{}-{number}", std::process::id());
-        let files = PartialFiles {
-            data: self.dir.join(format!("{name}.{PARTIAL}")),
-            index: self.dir.join(format!("{name}.index.{PARTIAL}")),
-        };
-        let data = BufWriter::with_capacity(1 << 20, File::create(&files.data)?);
+        let data_file = self.0.partial(key, "")?;
+        let index_file = self.0.partial(key, ".index")?;
+        let data = BufWriter::with_capacity(1 << 20, File::create(data_file.path())?);
         let index = File::options()
             .read(true)
             .write(true)
             .create(true)
             .truncate(true)
-            .open(&files.index)?;
+            .open(index_file.path())?;
         Ok(Pending {
             writer: StoreWriter::new(data, BufWriter::with_capacity(1 << 16, index))?,
-            files,
-            target: self.path(key),
+            data: data_file,
+            index: index_file,
+            target: self.0.path(key),
         })
     }
 
@@ -89,107 +68,36 @@ impl Cache {
     pub fn finish(&self, pending: Pending, meta: &[u8]) -> io::Result<Store> {
         let Pending {
             writer,
-            files,
+            data,
+            index,
             target,
         } = pending;
         writer.into_file(meta)?;
-        fs::rename(&files.data, &target)?;
-        drop(files); // removes the index
+        fs::rename(data.path(), &target)?;
+        drop(index); // removes it
         let store = Store::open(&target)?;
-        self.shrink(&target);
+        self.0.shrink(&target);
         Ok(store)
     }
-
-    fn path(&self, key: &str) -> PathBuf {
-        self.dir.join(format!("{key}.{EXTENSION}"))
-    }
-
-    /// Removes the least recently used stores until the rest is within the limit, `newest` last.
-    fn shrink(&self, newest: &Path) {
-        let mut stores = files_of(&self.dir, EXTENSION);
-        stores.sort_by_key(|(path, metadata)| (path == newest, modified(metadata)));
-        let mut total: u64 = stores.iter().map(|(_, metadata)| metadata.len()).sum();
-        for (path, metadata) in stores {
-            if total <= self.limit {
-                break;
-            }
-            // A file that cannot be removed is somebody else's business, or gone already.
-            let _ = fs::remove_file(path);
-            total = total.saturating_sub(metadata.len());
-        }
-    }
-
-    /// Removes what processes that were killed left behind.
-    fn remove_abandoned(&self) {
-        for (path, metadata) in files_of(&self.dir, PARTIAL) {
-            let age = modified(&metadata).elapsed().unwrap_or_default();
-            if age > ABANDONED {
-                let _ = fs::remove_file(path);
-            }
-        }
-    }
-}
-
-fn modified(metadata: &fs::Metadata) -> SystemTime {
-    metadata.modified().unwrap_or(SystemTime::UNIX_EPOCH)
-}
-
-fn files_of(dir: &Path, extension: &str) -> Vec<(PathBuf, fs::Metadata)> {
-    let entries = fs::read_dir(dir).into_iter().flatten().flatten();
-    entries
-        .map(|entry| entry.path())
-        .filter(|path| path.extension().is_some_and(|found| found == extension))
-        .filter_map(|path| Some((path.clone(), fs::metadata(&path).ok()?)))
-        .collect()
 }
 
 /// A store that is being written; nothing is left of it unless it is finished.
 pub struct Pending {
     /// Takes the samples.
     pub writer: StoreWriter<BufWriter<File>>,
-    files: PartialFiles,
+    data: Partial,
+    index: Partial,
     target: PathBuf,
-}
-
-struct PartialFiles {
-    data: PathBuf,
-    index: PathBuf,
-}
-
-impl Drop for PartialFiles {
-    fn drop(&mut self) {
-        let _ = fs::remove_file(&self.data);
-        let _ = fs::remove_file(&self.index);
-    }
-}
-
-/// `LORAFIT_CACHE`, or `lorafit` in the directory that the system has for caches.
-fn default_dir() -> Option<PathBuf> {
-    let directory = |name: &str| {
-        let value = std::env::var_os(name).filter(|value| !value.is_empty())?;
-        Some(PathBuf::from(value))
-    };
-    let of_the_system = || {
-        if cfg!(windows) {
-            directory("LOCALAPPDATA")
-        } else if cfg!(target_os = "macos") {
-            directory("HOME").map(|home| home.join("Library/Caches"))
-        } else {
-            directory("XDG_CACHE_HOME").or_else(|| Some(directory("HOME")?.join(".cache")))
-        }
-    };
-    directory("LORAFIT_CACHE").or_else(|| Some(of_the_system()?.join("lorafit")))
 }
 
 #[cfg(test)]
 mod tests {
+    use std::time::{Duration, SystemTime};
+
     use super::*;
 
     fn cache(dir: &Path, limit: u64) -> Cache {
-        Cache {
-            dir: dir.to_owned(),
-            limit,
-        }
+        Cache(CacheDir::new(dir.to_owned(), limit, EXTENSION))
     }
 
     fn names(dir: &Path) -> Vec<String> {

@@ -33,6 +33,18 @@ pub struct AdamwStep {
     pub after: f32,
 }
 
+impl AdamwStep {
+    /// One number with its moments, in the reference's operations one by one, so that both agree bit for
+    /// bit.
+    #[inline(always)]
+    pub(crate) fn apply(&self, weight: &mut f32, gradient: f32, first: &mut f32, second: &mut f32) {
+        *first = *first * self.keep[0] + gradient * self.share[0];
+        *second = *second * self.keep[1] + gradient * gradient * self.share[1];
+        let scale = second.sqrt() / self.divisor + self.eps;
+        *weight = (*weight * self.before - *first / scale * self.rate) * self.after;
+    }
+}
+
 /// The weight and both moments after a step. Does not track gradients.
 ///
 /// # Shapes
@@ -92,11 +104,7 @@ pub(super) fn forward(
                 || {
                     let moments = first.iter_mut().zip(&mut *second);
                     for ((w, g), (m, v)) in weight.iter_mut().zip(grad).zip(moments) {
-                        // The reference's operations one by one, so that both agree bit for bit.
-                        *m = *m * step.keep[0] + g * step.share[0];
-                        *v = *v * step.keep[1] + g * g * step.share[1];
-                        let scale = v.sqrt() / step.divisor + step.eps;
-                        *w = (*w * step.before - *m / scale * step.rate) * step.after;
+                        step.apply(w, *g, m, v);
                     }
                 },
             )

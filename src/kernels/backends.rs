@@ -3,8 +3,10 @@
 use std::sync::Arc;
 
 use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
-use burn::backend::tensor::FloatTensor;
+use burn::backend::ops::FloatTensorOps;
+use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::backend::{Autodiff, Flex};
+use burn::tensor::FloatDType;
 use burn_flex::FlexTensor;
 
 use super::{
@@ -62,6 +64,14 @@ impl Kernels for Flex {
         segments: Segments,
     ) -> FlexTensor {
         attention::forward(q, k, v, sinks, heads, &segments).0
+    }
+
+    fn fused_in_f32(x: FlexTensor) -> FlexTensor {
+        Flex::float_cast(x, FloatDType::F32)
+    }
+
+    fn fused_rows_of(table: FlexTensor, ids: FlexTensor) -> FlexTensor {
+        Self::fused_in_f32(Flex::float_select(table, 0, ids))
     }
 
     fn fused_linear(
@@ -254,6 +264,14 @@ impl<B: KernelGradients, C: CheckpointStrategy> Kernels for Autodiff<B, C> {
         segments: Segments,
     ) -> FloatTensor<Self> {
         attention::tracked::<B, C>(q, k, v, sinks, heads, segments)
+    }
+
+    fn fused_in_f32(x: FloatTensor<Self>) -> FloatTensor<Self> {
+        FloatTensor::<Self>::new(B::fused_in_f32(x.into_primitive()))
+    }
+
+    fn fused_rows_of(table: FloatTensor<Self>, ids: IntTensor<Self>) -> FloatTensor<Self> {
+        FloatTensor::<Self>::new(B::fused_rows_of(table.into_primitive(), ids))
     }
 
     fn fused_linear(

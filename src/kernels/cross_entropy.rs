@@ -19,11 +19,11 @@ use rayon::prelude::*;
 use super::attention::{maximum, total};
 use super::flex::{ALL_THREADS, Matrix, Store};
 use super::frozen::Frozen;
-use super::{KernelGradients, Kernels, flex, in_f32, is_cpu};
+use super::{KernelGradients, Kernels, flex, in_f32, is_fused};
 
 /// What the loss is computed from: hidden `[N, D]`, weight `[V, D]`, low `[N, R]`, up `[V, R]`, bias
 /// `[V]`; R is 0 without a delta, the bias is empty where there is none.
-const PARTS: usize = 5;
+pub(super) const PARTS: usize = 5;
 /// The bias, which is a vector; the other parts are matrices.
 const BIAS: usize = 4;
 
@@ -32,8 +32,8 @@ pub type Parts<B> = [FloatTensor<B>; PARTS];
 
 /// The summed loss `[1]` and the gradients of the parts, each where it is wanted.
 pub struct LossAndGradients<B: Backend> {
-    loss: FloatTensor<B>,
-    gradients: [Option<FloatTensor<B>>; PARTS],
+    pub(super) loss: FloatTensor<B>,
+    pub(super) gradients: [Option<FloatTensor<B>>; PARTS],
 }
 
 /// The output head as the loss sees it.
@@ -79,7 +79,7 @@ pub fn shape_logits(products: Tensor<2>, shape: LogitShape) -> Tensor<2> {
 /// hidden `[N, D]`, targets N token ids below V or negative → `[1]`
 pub fn linear_cross_entropy(hidden: Tensor<2>, head: Head, targets: Arc<[i32]>) -> Tensor<1> {
     let device = hidden.device();
-    if !is_cpu(&device) {
+    if !is_fused(&device) {
         return reference(hidden, head, &targets);
     }
     let (low, up) = (head.delta).unwrap_or_else(|| {
@@ -154,7 +154,7 @@ fn ints(values: Vec<i32>, device: &Device) -> Tensor<1, Int> {
     Tensor::from_data(TensorData::new(values, [n]), device)
 }
 
-fn labelled_rows(targets: &[i32]) -> Vec<usize> {
+pub(super) fn labelled_rows(targets: &[i32]) -> Vec<usize> {
     (0..targets.len()).filter(|&i| targets[i] >= 0).collect()
 }
 

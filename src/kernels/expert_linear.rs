@@ -7,8 +7,7 @@ use std::sync::Arc;
 
 use burn::tensor::Tensor;
 
-use super::linear::in_f32;
-use super::{is_cpu, linear, lora_linear};
+use super::{in_f32, is_fused, linear, lora_linear};
 
 /// Each expert's rows of x times its `weight[e]ᵀ`, with a gradient for x, and for the weight where that
 /// trains.
@@ -19,7 +18,7 @@ use super::{is_cpu, linear, lora_linear};
 /// # Dtypes
 /// x f32; weight f32, or bf16 or f16 where it is frozen.
 pub fn expert_linear(x: Tensor<2>, weight: Tensor<3>, offsets: Arc<[usize]>) -> Tensor<2> {
-    match is_cpu(&x.device()) && !weight.is_autodiff() {
+    match is_fused(&x.device()) && !weight.is_autodiff() {
         true => linear::fused(x, rows_together(weight).into(), offsets),
         false => reference(x, weight, &offsets),
     }
@@ -37,7 +36,7 @@ pub fn expert_lora_linear(
     scaling: f64,
     offsets: Arc<[usize]>,
 ) -> Tensor<2> {
-    if !is_cpu(&x.device()) {
+    if !is_fused(&x.device()) {
         return lora_reference(x.clone(), x, weight, (lora_a, lora_b), scaling, offsets);
     }
     let factors = (rows_together(lora_a), rows_together(lora_b));

@@ -68,7 +68,7 @@ impl<'a> Frozen<'a> {
 
     /// A quantised matrix.
     pub(super) fn quantised(weight: &'a QuantWeight) -> Self {
-        let [rows, cols] = weight.matrix.shape();
+        let [rows, cols] = weight.shape();
         Self {
             elements: Elements::Quantised(weight, 0),
             rows,
@@ -243,7 +243,7 @@ impl<'a> Frozen<'a> {
                     *to = f32::from_bits(u32::from(from.to_bits()) << 16);
                 }
             }),
-            Elements::Quantised(weight, row) => weight.matrix.dequantise_rows(row, to),
+            Elements::Quantised(weight, row) => weight.on_host().dequantise_rows(row, to),
         }
     }
 }

@@ -7,11 +7,11 @@ use burn::backend::autodiff::grads::Gradients;
 use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{Autodiff, Dispatch};
-use burn::tensor::{DType, FloatDType, Tensor};
+use burn::tensor::Tensor;
 use burn_flex::FlexTensor;
 
 use super::frozen::Frozen;
-use super::{KernelGradients, Kernels, Quantised, Weight, flex, is_cpu};
+use super::{KernelGradients, Kernels, Quantised, Weight, flex, is_fused};
 
 /// `x Wᵀ` with a gradient for x, and for W where that trains.
 ///
@@ -22,7 +22,7 @@ use super::{KernelGradients, Kernels, Quantised, Weight, flex, is_cpu};
 /// x f32; weight f32, or bf16, f16 or quantised where it is frozen.
 pub fn linear(x: Tensor<2>, weight: impl Into<Weight>) -> Tensor<2> {
     let weight = weight.into();
-    match is_cpu(&x.device()) && !weight.is_autodiff() {
+    match is_fused(&x.device()) && !weight.is_autodiff() {
         true => {
             let rows = Arc::from([0, x.dims()[0]]);
             fused(x, weight, rows)
@@ -46,14 +46,6 @@ pub(super) fn fused(x: Tensor<2>, weight: Weight, groups: Arc<[usize]>) -> Tenso
         quantised,
         groups,
     ))
-}
-
-/// A tensor in f32, for plain operations.
-pub fn in_f32<const D: usize>(x: Tensor<D>) -> Tensor<D> {
-    match x.dtype() {
-        DType::F32 => x,
-        _ => x.cast(FloatDType::F32),
-    }
 }
 
 /// The groups that have rows, with those rows.
@@ -102,7 +94,7 @@ pub(super) fn backward(
 ) -> FlexTensor {
     let [weight, grad] = [weight, grad].map(flex::contiguous);
     let input = match &quantised {
-        Some(weight) => weight.matrix.shape()[1],
+        Some(weight) => weight.shape()[1],
         None => weight.layout().shape().dims::<2>()[1],
     };
     let weight = (weight, quantised);

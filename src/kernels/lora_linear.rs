@@ -16,19 +16,19 @@ use burn_flex::FlexTensor;
 use super::flex::{ALL_THREADS, Matrix, Store};
 use super::frozen::Frozen;
 use super::linear::{each_group, filled, linear};
-use super::{KernelGradients, Kernels, Quantised, Weight, flex, is_cpu};
+use super::{KernelGradients, Kernels, Quantised, Weight, flex, is_fused};
 
 /// What the backward pass needs; `x` is shared with whoever else holds it.
 #[derive(Debug, Clone)]
 pub struct Saved<B: Backend> {
-    x: FloatTensor<B>,
-    weight: (FloatTensor<B>, Quantised),
-    lora_a: FloatTensor<B>,
-    lora_b: FloatTensor<B>,
+    pub(super) x: FloatTensor<B>,
+    pub(super) weight: (FloatTensor<B>, Quantised),
+    pub(super) lora_a: FloatTensor<B>,
+    pub(super) lora_b: FloatTensor<B>,
     /// `x Aᵀ` `[N, R]`
-    low: FloatTensor<B>,
-    scaling: f32,
-    groups: Arc<[usize]>,
+    pub(super) low: FloatTensor<B>,
+    pub(super) scaling: f32,
+    pub(super) groups: Arc<[usize]>,
 }
 
 /// `x Wᵀ + scaling · (x Aᵀ) Bᵀ` with gradients for x, A and B.
@@ -46,7 +46,7 @@ pub fn lora_linear(
     scaling: f64,
 ) -> Tensor<2> {
     let weight = weight.into();
-    if is_cpu(&x.device()) {
+    if is_fused(&x.device()) {
         let rows = Arc::from([0, x.dims()[0]]);
         fused(x, weight, (lora_a, lora_b), scaling, rows)
     } else {

@@ -5,8 +5,8 @@
 //! and GPUs for what stands in `cube`) and the reference everywhere else. Both are tested against each other, forward and gradients.
 //! [`delta_rule()`] and [`causal_conv()`] have no fused kernel: they are plain operations everywhere.
 //! All of them store and compute in f32, but for frozen weights, which may be kept in 16 bits or
-//! quantised: the CPU's kernels read those as they are (see `frozen`), plain operations convert them at
-//! each use.
+//! quantised: kernels read those as they are (see `frozen` for the CPU's), plain operations convert them
+//! at each use.
 
 pub mod activation;
 pub mod adamw;
@@ -32,10 +32,11 @@ pub mod rms_norm;
 pub mod rope;
 pub mod segments;
 pub mod weight;
+mod widen;
 
 use std::sync::Arc;
 
-use burn::backend::tensor::FloatTensor;
+use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::backend::{Backend, DispatchDevice, backend_extension};
 use burn::tensor::Device;
 
@@ -52,12 +53,13 @@ pub use dropout::{DropMask, dropout};
 pub use expert_linear::{expert_linear, expert_lora_linear};
 pub use frozen::has_bf16_products;
 pub use gated::gated;
-pub use linear::{in_f32, linear};
+pub use linear::linear;
 pub use lora_linear::lora_linear;
 pub use rms_norm::rms_norm;
 pub use rope::{RopeLayout, rope};
 pub use segments::Segments;
 pub use weight::{QuantWeight, Quantised, Weight};
+pub use widen::{in_f32, rows_of};
 
 /// Fused operations, routed to the backend of their tensors. Shapes stand in each kernel's file.
 #[backend_extension(Cube: cfg(feature = "gpu"), Flex, Autodiff)]
@@ -114,6 +116,12 @@ pub trait Kernels: Backend {
         heads: attention::Heads,
         segments: Segments,
     ) -> FloatTensor<Self>;
+
+    /// See [`in_f32`].
+    fn fused_in_f32(x: FloatTensor<Self>) -> FloatTensor<Self>;
+
+    /// See [`rows_of`].
+    fn fused_rows_of(table: FloatTensor<Self>, ids: IntTensor<Self>) -> FloatTensor<Self>;
 
     /// See [`linear()`]; rows `groups[e] .. groups[e + 1]` of x belong to the e-th of E equal parts of
     /// the weight's rows, which is empty where it is quantised.

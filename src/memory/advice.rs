@@ -97,7 +97,7 @@ fn changes(plan: &Plan, model: &ModelConfig, on_cpu: bool) -> Vec<Change> {
         Quantization::None => &["int8", "nf4", "nf4-double"][..],
         Quantization::Int8 => &["nf4", "nf4-double"],
         Quantization::Nf4 => &["nf4-double"],
-        Quantization::Nf4Double => &[],
+        Quantization::Nf4Double | Quantization::Gguf => &[],
     };
     for scheme in schemes {
         let price = match *scheme {
@@ -144,7 +144,7 @@ pub fn offers(
         .collect()
 }
 
-/// Changes that together make a run fit, taken one after the other as they stand in [`changes`], and only
+/// Changes that together make a run fit, taken one after the other as they are offered, and only
 /// those without which it would not; `None` where none of them do.
 pub fn enough(planner: &Planner, plan: &Plan, room: u64, reload: Reload) -> Option<Vec<Change>> {
     let fits = |changes: &[Change]| {

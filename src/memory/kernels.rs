@@ -91,7 +91,9 @@ impl Platform {
             _ if !self.on_cpu && self.is_fused(Kernel::Linear) => 0,
             _ if !self.on_cpu => rows * cols * F32,
             Form::Dense(crate::model::weights::Dtype::BF16) if self.bf16_products => 0,
-            Form::Quantised(_) if self.bf16_products => height(CONVERTED_ROWS[1]) * cols * 2,
+            Form::Quantised(_) | Form::Blocks if self.bf16_products => {
+                height(CONVERTED_ROWS[1]) * cols * 2
+            }
             _ => height(CONVERTED_ROWS[0]) * cols * F32,
         }
     }

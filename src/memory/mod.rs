@@ -3,7 +3,7 @@
 //! [`plan::MemoryPlan`] is computed from the resolved recipe, the model's configuration and the headers
 //! of its files: no weight is read. The model's base and adapters are counted tensor by tensor
 //! ([`kept`](crate::model::kept), [`outline`](crate::adapter::outline)); what lies between the forward
-//! and the backward pass is found by running each block on a [`tape`] of sizes, which follows burn's
+//! and the backward pass is found by running each block on a tape of sizes, which follows burn's
 //! rules for what stays alive, with what each kernel keeps from the table in `kernels`.
 //! [`room`] says what a device has, [`advice`] which knobs buy how much.
 //!

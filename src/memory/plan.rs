@@ -16,9 +16,10 @@ use crate::model::config::ModelConfig;
 use crate::model::kept::{Form, KeptTensor, kept_tensors};
 use crate::model::weights::{Dtype, Weights, WeightsError};
 use crate::model::{Keep, names};
-use crate::recipe::{Optimizer, Packing, Plan};
+use crate::recipe::{Optimizer, Packing, Plan, Quantization};
 use crate::train::choice;
 use crate::train::heap;
+use crate::train::moments_8bit::{self, Moments8};
 use crate::train::prepare::Prepared;
 use crate::train::recompute::Retain;
 
@@ -201,6 +202,8 @@ impl<'a> Planner<'a> {
         let keep = Keep {
             storage: choice::storage(precision, adapts, self.platform.reads_16_bits()),
             linears: plan.base.quantization.scheme(),
+            gguf_blocks: plan.base.quantization == Quantization::Gguf,
+            cached: None,
             in_f32: &in_f32,
         };
         let kept = kept_tensors(&config, keep, |name| match self.weights {
@@ -380,10 +383,24 @@ fn model_bytes(facts: &Facts, kept: &[KeptTensor]) -> Bytes {
     Bytes::of(Kind::Base, base) + Bytes::of(Kind::Adapters, adapters)
 }
 
-/// What the optimizer keeps of each tensor that trains: two moments in f32.
+/// What the optimizer keeps of each tensor that trains: two moments in f32, or in 8 bits, which are in the
+/// host's memory.
 fn moments(facts: &Facts, optimizer: Optimizer) -> u64 {
+    let in_8_bits = |bytes: u64| {
+        let n = (bytes / F32) as usize;
+        match (n < moments_8bit::FEWEST, facts.platform.on_cpu) {
+            (true, _) => 2 * bytes,
+            (false, true) => Moments8::bytes_of(n) as u64,
+            (false, false) => 0,
+        }
+    };
     match optimizer {
         Optimizer::Adamw | Optimizer::LoraFa => 2 * facts.gradients(),
+        Optimizer::Adamw8bit => {
+            let trained = facts.outline.trained.keys();
+            let gradients = trained.filter_map(|name| facts.gradient(name));
+            gradients.map(in_8_bits).sum()
+        }
     }
 }
 
@@ -402,7 +419,7 @@ fn loading(facts: &Facts, kept: &[KeptTensor], platform: Platform) -> Vec<(Phase
             Form::Quantised(_) => {
                 quantise = Some(quantise.unwrap_or(Bytes::default()).larger(here));
             }
-            Form::Dense(_) => load = load.larger(here),
+            Form::Dense(_) | Form::Blocks => load = load.larger(here),
         }
     }
     let all = model_bytes(facts, kept);

@@ -130,6 +130,7 @@ fn attention(reader: &mut TensorReader, path: &str, parts: LayerConfig) -> Read<
             scale: config.attention_scale as f32,
             window: parts.window,
             soft_cap: config.attention_soft_cap.map(|cap| cap as f32),
+            in_bf16: reader.keeps_bf16(),
         },
         rope: parts.rope,
         layout: RopeLayout {
@@ -190,6 +191,7 @@ fn latent_attention(
             scale: config.attention_scale as f32,
             window: parts.window,
             soft_cap: None,
+            in_bf16: reader.keeps_bf16(),
         },
         rope_dim: rope,
         rope: parts.rope.unwrap_or(0),

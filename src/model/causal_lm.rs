@@ -187,7 +187,7 @@ impl CausalLm {
 
     /// Rows of a table. As in torch, the padding token's row gets no gradient.
     fn look_up(&self, table: &Tensor<2>, ids: &Tensor<1, Int>, values: &[i32]) -> Tensor<2> {
-        let rows = kernels::in_f32(table.clone().select(0, ids.clone()));
+        let rows = kernels::rows_of(table.clone(), ids.clone());
         let pad = self.config.pad_token_id.map(|id| id as i32);
         if !table.is_require_grad() || !values.iter().any(|&id| Some(id) == pad) {
             return rows;
@@ -382,15 +382,15 @@ impl CausalLm {
     pub fn set_to_mean(&mut self, id: usize, of: &[u32]) {
         let at: Vec<i32> = of.iter().map(|id| *id as i32).collect();
         let at = TensorData::new(at, [of.len()]);
-        let at = Tensor::<1, Int>::from_data(at, &self.device);
-        for table in [Some(&mut self.embed_tokens), self.lm_head.as_mut()] {
-            let Some(table) = table else {
-                continue;
-            };
-            let rows = table.clone().select(0, at.clone()).cast(DType::F32);
-            let mean = rows.mean_dim(0).cast(table.dtype());
-            let width = table.dims()[1];
-            *table = table.clone().slice_assign([id..id + 1, 0..width], mean);
+        let at = Tensor::<1, Int>::from_data(at, &Device::flex());
+        let tables = [Some(&mut self.embed_tokens), self.lm_head.as_mut()];
+        for table in tables.into_iter().flatten() {
+            *table = on_host(table, |table| {
+                let rows = table.clone().select(0, at.clone()).cast(DType::F32);
+                let mean = rows.mean_dim(0).cast(table.dtype());
+                let width = table.dims()[1];
+                table.slice_assign([id..id + 1, 0..width], mean)
+            });
         }
     }
 
@@ -403,13 +403,13 @@ impl CausalLm {
             return;
         }
         let device = self.device.clone();
-        let longer = |table: &Tensor<2>| {
-            let new = Tensor::<2>::zeros([more, table.dims()[1]], &device).cast(table.dtype());
-            Tensor::cat(vec![table.clone(), new], 0)
-        };
         let tables = [Some(&mut self.embed_tokens), self.lm_head.as_mut()];
         for table in tables.into_iter().flatten() {
-            *table = longer(table);
+            *table = on_host(table, |table| {
+                let (shape, device) = ([more, table.dims()[1]], table.device());
+                let new = Tensor::<2>::zeros(shape, &device).cast(table.dtype());
+                Tensor::cat(vec![table, new], 0)
+            });
         }
         self.head_bias = (self.head_bias.as_ref())
             .map(|bias| Tensor::cat(vec![bias.clone(), Tensor::zeros([more], &device)], 0));
@@ -473,4 +473,10 @@ impl CausalLm {
             })
             .collect()
     }
+}
+
+/// Changes a table in host memory: not every GPU computes in 16 bits.
+fn on_host(table: &Tensor<2>, change: impl FnOnce(Tensor<2>) -> Tensor<2>) -> Tensor<2> {
+    let device = table.device();
+    change(table.clone().to_device(&Device::flex())).to_device(&device)
 }

@@ -13,6 +13,7 @@ use super::gguf_fields::Fields;
 use super::{config_check, gguf_rope, names};
 use crate::nn::NormKind;
 use crate::quant::gguf::{GgufFile, Value as Metadatum};
+use crate::quant::stored::RowOrder;
 
 /// Rows of q and k swap between these two orders within a head: `(half, pair)` in Hugging Face,
 /// `(pair, half)` in GGUF.
@@ -286,37 +287,44 @@ pub(super) fn to_hf_values(name: &str, mut values: Vec<f32>, config: &ModelConfi
         // GGUF holds the factor itself.
         values.iter_mut().for_each(|value| *value -= 1.0);
     }
-    match gguf_arch::permutes(config.family) {
-        true => to_hf_rows(name, values, config),
-        false => values,
+    match row_order(name, config) {
+        RowOrder::AsStored => values,
+        order => to_hf_rows(values, order, rows(name, config)),
     }
 }
 
-/// The values of q and k with their rows in Hugging Face's order.
-fn to_hf_rows(name: &str, values: Vec<f32>, config: &ModelConfig) -> Vec<f32> {
+/// Where the file has the rows of a tensor of Hugging Face's.
+pub(super) fn row_order(name: &str, config: &ModelConfig) -> RowOrder {
+    let head_dim = config.head_dim;
+    match gguf_arch::permutes(config.family) && rows(name, config) > 0 {
+        true => RowOrder::Interleaved { head_dim },
+        false => RowOrder::AsStored,
+    }
+}
+
+/// Rows of q and k; 0 for all else.
+fn rows(name: &str, config: &ModelConfig) -> usize {
     let module = name.rsplit_once('.').map_or(name, |(module, _)| module);
     let [queries, keys] = PERMUTED;
     let heads = match module {
         _ if module.ends_with(queries) => config.num_attention_heads,
         _ if module.ends_with(keys) => config.num_key_value_heads,
-        _ => return values,
+        _ => 0,
     };
-    let half = config.head_dim / 2;
-    let rows = heads * config.head_dim;
-    if rows == 0 || !values.len().is_multiple_of(rows) {
+    heads * config.head_dim
+}
+
+/// The values of q and k with their rows in Hugging Face's order.
+fn to_hf_rows(values: Vec<f32>, order: RowOrder, rows: usize) -> Vec<f32> {
+    if !values.len().is_multiple_of(rows) {
         // Misshapen: `weights::check` says so.
         return values;
     }
     // [heads, Dh/2, 2, D] → [heads, 2, Dh/2, D]
     let width = values.len() / rows;
     let mut ordered = Vec::with_capacity(values.len());
-    for head in 0..heads {
-        for part in 0..2 {
-            for pair in 0..half {
-                let row = (head * half + pair) * 2 + part;
-                ordered.extend_from_slice(&values[row * width..][..width]);
-            }
-        }
+    for row in 0..rows {
+        ordered.extend_from_slice(&values[order.stored(row) * width..][..width]);
     }
     ordered
 }

@@ -29,6 +29,8 @@ pub enum Form {
     Dense(Dtype),
     /// Quantised.
     Quantised(Scheme),
+    /// In the blocks of a GGUF file, which is mapped and takes no memory.
+    Blocks,
 }
 
 impl Form {
@@ -62,7 +64,7 @@ pub fn kept_tensors(
 ) -> Vec<KeptTensor> {
     let outline = causal_lm::outline(config);
     let quantised: Vec<String> = (outline.linears.iter())
-        .filter(|_| keep.linears.is_some())
+        .filter(|_| keep.linears.is_some() || keep.gguf_blocks)
         .map(|linear| format!("{}.weight", linear.path))
         .collect();
     let quantised: std::collections::BTreeSet<String> = quantised.into_iter().collect();
@@ -74,8 +76,12 @@ pub fn kept_tensors(
             Some(scheme) => Form::Quantised(scheme),
             None => {
                 let pieces = pieces(config, name, shape);
-                let types = pieces.iter().map(|piece| stored(&piece.name));
-                Form::Dense(keep.storage.of(types))
+                let mut types = pieces.iter().map(|piece| stored(&piece.name));
+                let in_blocks = types.clone().all(|dtype| dtype == Some(Dtype::Quantised));
+                match in_blocks && keep.gguf_blocks && quantised.contains(name) {
+                    true => Form::Blocks,
+                    false => Form::Dense(keep.storage.of(&mut types)),
+                }
             }
         }
     };
@@ -109,6 +115,7 @@ fn kept(
         (Form::Quantised(scheme), &[rows, cols]) => {
             (scheme.bytes([rows, cols]) as u64, in_f32 + piece * 4)
         }
+        (Form::Blocks, _) => (0, 0),
         (form, _) => {
             let width = form.width();
             // GGUF's blocks become f32 first.

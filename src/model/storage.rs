@@ -8,6 +8,7 @@ use std::collections::BTreeSet;
 use half::{bf16, f16};
 
 use super::config::ModelConfig;
+use super::quant_cache::Cached;
 use super::weights::Dtype;
 use super::{causal_lm, names};
 use crate::quant::Scheme;
@@ -20,6 +21,10 @@ pub struct Keep<'a> {
     /// Those of linear layers, the output head and routers apart: quantised so, if at all, and then
     /// multiplied in bf16 where `storage` would keep them so.
     pub linears: Option<Scheme>,
+    /// Whether those keep the blocks that a GGUF file has them in, mapped, instead.
+    pub gguf_blocks: bool,
+    /// Where quantised matrices are kept between loads, if anywhere.
+    pub cached: Option<&'a Cached>,
     /// Names of those that are kept in f32 all the same: what is going to train.
     pub in_f32: &'a dyn Fn(&str) -> bool,
 }
@@ -30,6 +35,8 @@ impl Default for Keep<'_> {
         Self {
             storage: Storage::F32,
             linears: None,
+            gguf_blocks: false,
+            cached: None,
             in_f32: &|_| false,
         }
     }

@@ -9,11 +9,12 @@ use half::{bf16, f16};
 use super::config::ModelConfig;
 use super::names::Linear;
 use super::pieces::{Layout, Piece, pieces};
+use super::quant_cache::Cached;
 use super::storage::{Keep, Kept, Storage};
 use super::weights::{Dtype, Weights, WeightsError};
 use crate::kernels::{QuantWeight, Weight};
 use crate::nn::{LoraLinear, Norm, NormKind};
-use crate::quant::QuantMatrix;
+use crate::quant::{QuantMatrix, Scheme};
 use crate::random::Stream;
 
 /// Where the first value of a tensor comes from.
@@ -85,6 +86,11 @@ impl<'a> TensorReader<'a> {
 
     pub(super) fn device(&self) -> &Device {
         &self.device
+    }
+
+    /// Whether frozen matrices are rounded to bf16, and so may be what they are multiplied with.
+    pub(super) fn keeps_bf16(&self) -> bool {
+        matches!(&self.source, Source::Files { keep, .. } if keep.storage == Storage::Bf16)
     }
 
     /// What was asked for so far.
@@ -191,32 +197,34 @@ impl<'a> TensorReader<'a> {
         self.with_bias(path, weight, bias.then_some(out))
     }
 
-    /// Quantised where linear layers are: in f32 in between, for this layer alone.
+    /// Quantised where linear layers are.
     fn linear_weight(&mut self, name: &str, shape: [usize; 2]) -> Read<Weight> {
-        let (weights, storage, scheme) = match &self.source {
-            Source::Files {
-                weights,
-                keep:
-                    Keep {
-                        storage,
-                        linears: Some(scheme),
-                        in_f32,
-                    },
-            } if !in_f32(name) => (*weights, *storage, *scheme),
+        let (weights, keep) = match &self.source {
+            Source::Files { weights, keep } if !(keep.in_f32)(name) => (*weights, *keep),
             _ => return Ok(self.matrix(name, shape)?.into()),
         };
         let pieces = pieces(&self.config, name, &shape);
+        let matrix = match (keep.linears, &pieces[..]) {
+            (Some(scheme), _) => {
+                let kept = keep.cached.and_then(|kept| kept.get(name, shape, scheme));
+                Some(match kept {
+                    Some(matrix) => matrix,
+                    None => quantised(weights, &pieces, (name, shape), (scheme, keep.cached))?,
+                })
+            }
+            (None, [one]) if keep.gguf_blocks && one.layout == Layout::Whole => {
+                weights.blocks(&one.name)?.map(QuantMatrix::from)
+            }
+            _ => None,
+        };
+        let Some(matrix) = matrix else {
+            return Ok(self.matrix(name, shape)?.into());
+        };
         let stored = pieces.iter().map(|piece| weights.dtype(&piece.name));
-        let in_bf16 = storage.of(stored) == Dtype::BF16;
-        let values = gather::<f32>(weights, &pieces, &shape)?;
+        let in_bf16 = keep.storage.of(stored) == Dtype::BF16;
         self.note(name, &shape);
-        let matrix = QuantMatrix::quantise(&values, shape, scheme);
-        let matrix = matrix.map_err(|source| WeightsError::NotFinite {
-            path: weights.path().to_path_buf(),
-            name: name.to_string(),
-            source,
-        })?;
-        Ok(Weight::Quantised(Arc::new(QuantWeight { matrix, in_bf16 })))
+        let weight = QuantWeight::new(matrix, in_bf16, &self.device);
+        Ok(Weight::Quantised(Arc::new(weight)))
     }
 
     /// The linear layer of a router: no adapter of linear layers counts it, and it is kept in f32, as
@@ -295,6 +303,26 @@ fn matrix<const D: usize>(
         }
     };
     Ok(Tensor::from_data(data, (device, dtype)))
+}
+
+/// A matrix of the files, quantised: in f32 in between, for this one alone. It is kept for the next time.
+fn quantised(
+    weights: &Weights,
+    pieces: &[Piece],
+    (name, shape): (&str, [usize; 2]),
+    (scheme, cached): (Scheme, Option<&Cached>),
+) -> Read<QuantMatrix> {
+    let values = gather::<f32>(weights, pieces, &shape)?;
+    let matrix = QuantMatrix::quantise(&values, shape, scheme);
+    let matrix = matrix.map_err(|source| WeightsError::NotFinite {
+        path: weights.path().to_path_buf(),
+        name: name.to_string(),
+        source,
+    })?;
+    if let Some(cached) = cached {
+        cached.put(name, &matrix);
+    }
+    Ok(matrix)
 }
 
 /// The values of a tensor put together from the tensors of its files.

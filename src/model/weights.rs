@@ -9,13 +9,12 @@ use super::config::{ConfigError, ModelConfig};
 use super::pieces::pieces;
 use super::shard::Shard;
 use super::storage::Kept;
+pub use super::weights_error::WeightsError;
 use super::{causal_lm, gguf, names};
-use crate::quant::NotFinite;
 use crate::quant::blocks::BlockKind;
-use crate::quant::gguf::{GgufError, GgufFile};
+use crate::quant::gguf::GgufFile;
+use crate::quant::stored::BlockMatrix;
 
-/// Most faults listed in one error.
-const MAX_LISTED: usize = 20;
 /// The one file of a small model.
 pub(crate) const SINGLE: &str = "model.safetensors";
 /// The table of a sharded one.
@@ -46,97 +45,6 @@ impl fmt::Display for Dtype {
             Self::Other(name) => name,
         })
     }
-}
-
-/// Why weights cannot be read.
-#[derive(Debug, thiserror::Error)]
-pub enum WeightsError {
-    /// A file cannot be read.
-    #[error("{}: cannot read the weights: {source}", path.display())]
-    Read {
-        /// The file.
-        path: PathBuf,
-        /// What the system said.
-        source: std::io::Error,
-    },
-    /// A directory has no weights.
-    #[error("{}: no weights: expected model.safetensors, model.safetensors.index.json or a .gguf file", path.display())]
-    NoWeights {
-        /// The directory.
-        path: PathBuf,
-    },
-    /// There are only pickled weights.
-    #[error(
-        "{}: pickled weights are never read, as they can run code; convert them on a machine you trust: \
-         AutoModelForCausalLM.from_pretrained(dir).save_pretrained(out) writes safetensors", path.display()
-    )]
-    Pickle {
-        /// The pickle.
-        path: PathBuf,
-    },
-    /// A safetensors file or index is damaged.
-    #[error("{}: {what}", path.display())]
-    Malformed {
-        /// The file.
-        path: PathBuf,
-        /// What is wrong with it.
-        what: String,
-    },
-    /// A GGUF file is damaged or not supported.
-    #[error(transparent)]
-    Gguf(#[from] GgufError),
-    /// The configuration cannot be used.
-    #[error(transparent)]
-    Config(#[from] ConfigError),
-    /// There is no such tensor.
-    #[error("{}: no tensor `{name}`", path.display())]
-    NoTensor {
-        /// Model directory or file.
-        path: PathBuf,
-        /// Hugging Face name.
-        name: String,
-    },
-    /// A tensor's element type is not supported.
-    #[error("{}: tensor `{name}` is stored as {dtype}; supported: F32, F16, BF16", path.display())]
-    Dtype {
-        /// The file.
-        path: PathBuf,
-        /// Hugging Face name.
-        name: String,
-        /// How it is stored.
-        dtype: Dtype,
-    },
-    /// A matrix cannot be quantised.
-    #[error("{}: tensor `{name}` cannot be quantised: {source}", path.display())]
-    NotFinite {
-        /// Model directory or file.
-        path: PathBuf,
-        /// Name in transformers 5's modules.
-        name: String,
-        /// What is wrong with it.
-        source: NotFinite,
-    },
-    /// The tensors are not those that the configuration calls for.
-    #[error("{}: the weights do not fit the configuration:{}", path.display(), listed(faults))]
-    Mismatch {
-        /// Model directory or file.
-        path: PathBuf,
-        /// One line each: missing, extra, misshapen, of an unsupported type.
-        faults: Vec<String>,
-    },
-}
-
-/// The faults one a line, the first [`MAX_LISTED`] of them.
-fn listed(faults: &[String]) -> String {
-    let mut text = String::new();
-    for fault in faults.iter().take(MAX_LISTED) {
-        text.push_str("\n  ");
-        text.push_str(fault);
-    }
-    if faults.len() > MAX_LISTED {
-        text.push_str(&format!("\n  and {} more", faults.len() - MAX_LISTED));
-    }
-    text
 }
 
 /// The tensors of a model, under Hugging Face's names.
@@ -365,6 +273,26 @@ impl Weights {
                 Ok(values.into_iter().map(T::from_f32).collect())
             }
         }
+    }
+
+    /// A matrix as the GGUF file has it, mapped, its rows in Hugging Face's order; `None` where it is not in
+    /// blocks there but in f32, f16 or bf16.
+    ///
+    /// # Errors
+    /// The weights are not in a GGUF file, or there is no such tensor.
+    pub fn blocks(&self, name: &str) -> Result<Option<BlockMatrix>, WeightsError> {
+        let tensor = self.tensor(name)?;
+        let Source::Gguf { file, config } = &self.source else {
+            return Err(WeightsError::NotGguf {
+                path: self.path.clone(),
+            });
+        };
+        if tensor.dtype != Dtype::Quantised || tensor.shape.len() != 2 {
+            return Ok(None);
+        }
+        let order = gguf::row_order(name, config);
+        let matrix = file.matrix(&tensor.stored_name, tensor.part, order)?;
+        Ok(Some(matrix))
     }
 
     /// A tensor's bytes as safetensors stores them; `None` in GGUF, whose layout differs.

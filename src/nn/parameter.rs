@@ -55,6 +55,16 @@ impl Parameter<'_> {
         }
     }
 
+    /// Replaces the values by what `step` makes of them, in one dimension; keeps shape and whether it trains.
+    /// They are the step's own, so that it may change them in place.
+    pub fn update(&mut self, step: impl FnOnce(Tensor<1>) -> Tensor<1>) {
+        match self {
+            Self::Vector(x) => update(x, step),
+            Self::Matrix(x) => update(x, step),
+            Self::Cube(x) => update(x, step),
+        }
+    }
+
     /// Makes it train, in f32, or not.
     pub fn set_trainable(&mut self, trainable: bool) {
         match self {
@@ -94,6 +104,13 @@ fn flat<const D: usize>(x: &Tensor<D>) -> Tensor<1> {
 
 fn replace<const D: usize>(x: &mut Tensor<D>, values: Tensor<1>, trainable: bool) {
     *x = leaf(values.reshape(x.shape()), trainable);
+}
+
+fn update<const D: usize>(x: &mut Tensor<D>, step: impl FnOnce(Tensor<1>) -> Tensor<1>) {
+    let (shape, trainable) = (x.shape(), x.is_require_grad());
+    let nothing = Tensor::empty([0; D], &x.device());
+    let values = one_dimension(in_f32(untracked(std::mem::replace(x, nothing))));
+    *x = leaf(step(values).reshape(shape), trainable);
 }
 
 fn set_trainable<const D: usize>(x: &mut Tensor<D>, trainable: bool) {

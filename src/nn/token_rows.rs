@@ -60,7 +60,7 @@ impl TokenRows {
         let device: Device = hidden.device();
         let ids: Vec<i32> = self.ids.iter().map(|id| *id as i32).collect();
         let at = Tensor::<1, Int>::from_data(TensorData::new(ids, [n]), &device);
-        let change = self.rows.clone() - kernels::in_f32(table.clone().select(0, at));
+        let change = self.rows.clone() - kernels::rows_of(table.clone(), at);
         let mut chosen = vec![0f32; tokens * n];
         for (i, id) in self.ids.iter().enumerate() {
             chosen[id * n + i] = 1.0;

@@ -6,6 +6,8 @@
 use half::{bf16, f16};
 use rayon::prelude::*;
 
+use super::k_blocks;
+
 /// How a tensor's values are stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum BlockKind {
@@ -25,6 +27,10 @@ pub enum BlockKind {
     Q5_0,
     /// 5-bit, scale and minimum.
     Q5_1,
+    /// 2-bit, 4-bit scales and minima of 16 values under a scale of 256.
+    Q2K,
+    /// 3-bit, 6-bit scales of 16 values under a scale of 256.
+    Q3K,
     /// 4-bit, 6-bit scales and minima of 32 values under a scale of 256.
     Q4K,
     /// 5-bit, scales and minima as in `Q4K`.
@@ -36,8 +42,6 @@ pub enum BlockKind {
 /// ggml's type ids that lorafit does not read, so that an error can name them.
 const UNSUPPORTED: &[(u32, &str)] = &[
     (9, "Q8_1"),
-    (10, "Q2_K"),
-    (11, "Q3_K"),
     (15, "Q8_K"),
     (16, "IQ2_XXS"),
     (17, "IQ2_XS"),
@@ -64,7 +68,7 @@ const CHUNK: usize = 1 << 15;
 
 impl BlockKind {
     /// Every kind.
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 13] = [
         Self::F32,
         Self::F16,
         Self::Bf16,
@@ -73,6 +77,8 @@ impl BlockKind {
         Self::Q4_1,
         Self::Q5_0,
         Self::Q5_1,
+        Self::Q2K,
+        Self::Q3K,
         Self::Q4K,
         Self::Q5K,
         Self::Q6K,
@@ -89,6 +95,8 @@ impl BlockKind {
             Self::Q4_1 => ("Q4_1", 3, 32, 20),
             Self::Q5_0 => ("Q5_0", 6, 32, 22),
             Self::Q5_1 => ("Q5_1", 7, 32, 24),
+            Self::Q2K => ("Q2_K", 10, 256, 84),
+            Self::Q3K => ("Q3_K", 11, 256, 110),
             Self::Q4K => ("Q4_K", 12, 256, 144),
             Self::Q5K => ("Q5_K", 13, 256, 176),
             Self::Q6K => ("Q6_K", 14, 256, 210),
@@ -165,9 +173,35 @@ pub fn dequantise(kind: BlockKind, bytes: &[u8], out: &mut [f32]) {
     let byte_len = out.len() / kind.block_len() * kind.block_bytes();
     assert_eq!(bytes.len(), byte_len, "bytes of {} values", out.len());
     let chunk_bytes = CHUNK / kind.block_len() * kind.block_bytes();
-    out.par_chunks_mut(CHUNK)
+    (out.par_chunks_mut(CHUNK))
         .zip(bytes.par_chunks(chunk_bytes))
-        .for_each(|(out, bytes)| match kind {
+        .for_each(|(out, bytes)| dequantise_here(kind, bytes, out));
+}
+
+/// [`dequantise`] by this thread alone.
+///
+/// # Panics
+/// When `bytes` are not the blocks of `out.len()` values.
+pub fn dequantise_here(kind: BlockKind, bytes: &[u8], out: &mut [f32]) {
+    let byte_len = out.len() / kind.block_len() * kind.block_bytes();
+    assert_eq!(bytes.len(), byte_len, "bytes of {} values", out.len());
+    pulp::Arch::new().dispatch(Blocks { kind, bytes, out });
+}
+
+/// Whole blocks of one kind.
+struct Blocks<'a> {
+    kind: BlockKind,
+    bytes: &'a [u8],
+    out: &'a mut [f32],
+}
+
+impl pulp::NullaryFnOnce for Blocks<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn call(self) {
+        let Self { kind, bytes, out } = self;
+        match kind {
             BlockKind::F32 => each::<4, 1>(bytes, out, |b, y| y[0] = f32::from_le_bytes(*b)),
             BlockKind::F16 => each::<2, 1>(bytes, out, |b, y| y[0] = half(b, 0)),
             BlockKind::Bf16 => {
@@ -178,13 +212,17 @@ pub fn dequantise(kind: BlockKind, bytes: &[u8], out: &mut [f32]) {
             BlockKind::Q4_1 => each(bytes, out, q4_1),
             BlockKind::Q5_0 => each(bytes, out, q5_0),
             BlockKind::Q5_1 => each(bytes, out, q5_1),
-            BlockKind::Q4K => each(bytes, out, q4_k),
-            BlockKind::Q5K => each(bytes, out, q5_k),
-            BlockKind::Q6K => each(bytes, out, q6_k),
-        });
+            BlockKind::Q2K => each(bytes, out, k_blocks::q2_k),
+            BlockKind::Q3K => each(bytes, out, k_blocks::q3_k),
+            BlockKind::Q4K => each(bytes, out, k_blocks::q4_k),
+            BlockKind::Q5K => each(bytes, out, k_blocks::q5_k),
+            BlockKind::Q6K => each(bytes, out, k_blocks::q6_k),
+        }
+    }
 }
 
 /// Runs `block` on each block of `B` bytes and `L` values.
+#[inline(always)]
 fn each<const B: usize, const L: usize>(
     bytes: &[u8],
     out: &mut [f32],
@@ -198,11 +236,13 @@ fn each<const B: usize, const L: usize>(
 }
 
 /// The half-precision number at byte `at`.
-fn half(block: &[u8], at: usize) -> f32 {
+#[inline(always)]
+pub(super) fn half(block: &[u8], at: usize) -> f32 {
     f16::from_le_bytes([block[at], block[at + 1]]).to_f32()
 }
 
 /// `d·q`: d, then 32 signed bytes.
+#[inline(always)]
 fn q8_0(block: &[u8; 34], y: &mut [f32; 32]) {
     let d = half(block, 0);
     for (y, &q) in y.iter_mut().zip(&block[2..]) {
@@ -211,6 +251,7 @@ fn q8_0(block: &[u8; 34], y: &mut [f32; 32]) {
 }
 
 /// `d·(q - 8)`: d, then 16 bytes; value j is the low nibble of byte j, value j + 16 the high one.
+#[inline(always)]
 fn q4_0(block: &[u8; 18], y: &mut [f32; 32]) {
     let d = half(block, 0);
     for (j, &q) in block[2..].iter().enumerate() {
@@ -220,6 +261,7 @@ fn q4_0(block: &[u8; 18], y: &mut [f32; 32]) {
 }
 
 /// `d·q + m`: d, m, then nibbles as in [`q4_0`].
+#[inline(always)]
 fn q4_1(block: &[u8; 20], y: &mut [f32; 32]) {
     let (d, m) = (half(block, 0), half(block, 2));
     for (j, &q) in block[4..].iter().enumerate() {
@@ -229,6 +271,7 @@ fn q4_1(block: &[u8; 20], y: &mut [f32; 32]) {
 }
 
 /// The fifth bits of 32 values, bit j that of value j, and the five-bit values j and j + 16.
+#[inline(always)]
 fn five_bits(high: u32, j: usize, q: u8) -> (f32, f32) {
     let low = (high >> j & 1) as u8;
     let top = (high >> (j + 16) & 1) as u8;
@@ -236,6 +279,7 @@ fn five_bits(high: u32, j: usize, q: u8) -> (f32, f32) {
 }
 
 /// `d·(q - 16)`: d, 32 fifth bits, then nibbles as in [`q4_0`].
+#[inline(always)]
 fn q5_0(block: &[u8; 22], y: &mut [f32; 32]) {
     let d = half(block, 0);
     let high = u32::from_le_bytes([block[2], block[3], block[4], block[5]]);
@@ -247,6 +291,7 @@ fn q5_0(block: &[u8; 22], y: &mut [f32; 32]) {
 }
 
 /// `d·q + m`: d, m, 32 fifth bits, then nibbles as in [`q4_0`].
+#[inline(always)]
 fn q5_1(block: &[u8; 24], y: &mut [f32; 32]) {
     let (d, m) = (half(block, 0), half(block, 2));
     let high = u32::from_le_bytes([block[4], block[5], block[6], block[7]]);
@@ -254,84 +299,6 @@ fn q5_1(block: &[u8; 24], y: &mut [f32; 32]) {
         let (low, top) = five_bits(high, j, q);
         y[j] = low * d + m;
         y[j + 16] = top * d + m;
-    }
-}
-
-/// Scale and minimum `j` of 8, six bits each, packed in 12 bytes (ggml's `get_scale_min_k4`).
-fn scale_min(packed: &[u8], j: usize) -> (f32, f32) {
-    let (scale, min) = match j < 4 {
-        true => (packed[j] & 63, packed[j + 4] & 63),
-        false => (
-            packed[j + 4] & 15 | packed[j - 4] >> 6 << 4,
-            packed[j + 4] >> 4 | packed[j] >> 6 << 4,
-        ),
-    };
-    (f32::from(scale), f32::from(min))
-}
-
-/// `d·scale·q - dmin·min`: d, dmin, 12 bytes of scales and minima, 128 of nibbles; 32 bytes hold 64
-/// values, the low nibbles first.
-fn q4_k(block: &[u8; 144], y: &mut [f32; 256]) {
-    let (d, dmin) = (half(block, 0), half(block, 2));
-    for (group, (y, q)) in y
-        .chunks_exact_mut(64)
-        .zip(block[16..].chunks_exact(32))
-        .enumerate()
-    {
-        let (scale, min) = scale_min(&block[4..16], 2 * group);
-        let (d_low, m_low) = (d * scale, dmin * min);
-        let (scale, min) = scale_min(&block[4..16], 2 * group + 1);
-        let (d_high, m_high) = (d * scale, dmin * min);
-        for (j, &q) in q.iter().enumerate() {
-            y[j] = d_low * f32::from(q & 15) - m_low;
-            y[j + 32] = d_high * f32::from(q >> 4) - m_high;
-        }
-    }
-}
-
-/// As [`q4_k`], with 32 bytes of fifth bits before the nibbles: bit g of byte j is that of value j of
-/// the g-th 32.
-fn q5_k(block: &[u8; 176], y: &mut [f32; 256]) {
-    let (d, dmin) = (half(block, 0), half(block, 2));
-    let high = &block[16..48];
-    for (group, (y, q)) in y
-        .chunks_exact_mut(64)
-        .zip(block[48..].chunks_exact(32))
-        .enumerate()
-    {
-        let (scale, min) = scale_min(&block[4..16], 2 * group);
-        let (d_low, m_low) = (d * scale, dmin * min);
-        let (scale, min) = scale_min(&block[4..16], 2 * group + 1);
-        let (d_high, m_high) = (d * scale, dmin * min);
-        for (j, &q) in q.iter().enumerate() {
-            let low = q & 15 | (high[j] >> (2 * group) & 1) << 4;
-            let top = q >> 4 | (high[j] >> (2 * group + 1) & 1) << 4;
-            y[j] = d_low * f32::from(low) - m_low;
-            y[j + 32] = d_high * f32::from(top) - m_high;
-        }
-    }
-}
-
-/// `d·scale·(q - 32)`: 128 bytes of low nibbles, 64 of upper bit pairs, 16 signed scales, d.
-/// Each 128 values use 64 nibble bytes, 32 pair bytes and 8 scales.
-fn q6_k(block: &[u8; 210], y: &mut [f32; 256]) {
-    let d = half(block, 208);
-    for (part, y) in y.chunks_exact_mut(128).enumerate() {
-        let low = &block[64 * part..][..64];
-        let high = &block[128 + 32 * part..][..32];
-        let scales = &block[192 + 8 * part..][..8];
-        for j in 0..32 {
-            let quarters = [
-                low[j] & 15 | (high[j] & 3) << 4,
-                low[j + 32] & 15 | (high[j] >> 2 & 3) << 4,
-                low[j] >> 4 | (high[j] >> 4 & 3) << 4,
-                low[j + 32] >> 4 | (high[j] >> 6) << 4,
-            ];
-            for (quarter, q) in quarters.into_iter().enumerate() {
-                let scale = f32::from(scales[j / 16 + 2 * quarter] as i8);
-                y[j + 32 * quarter] = d * scale * (f32::from(q) - 32.0);
-            }
-        }
     }
 }
 
@@ -355,7 +322,7 @@ mod tests {
             assert_eq!(BlockKind::from_id(kind.facts().1), Ok(kind));
             assert_eq!(CHUNK % kind.block_len(), 0);
         }
-        assert!(BlockKind::from_id(11).unwrap_err().starts_with("Q3_K"));
+        assert!(BlockKind::from_id(16).unwrap_err().starts_with("IQ2_XXS"));
         assert_eq!(BlockKind::Q8_0.bytes_of(&[3, 64]), Ok(3 * 2 * 34));
         assert!(BlockKind::Q8_0.bytes_of(&[64, 3]).is_err());
         assert!(BlockKind::F32.bytes_of(&[usize::MAX, 2]).is_err());

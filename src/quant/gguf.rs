@@ -6,11 +6,13 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use memmap2::Mmap;
 
 use super::blocks::{self, BlockKind};
 use super::gguf_parse;
+use super::stored::{BlockMatrix, RowOrder};
 
 /// Why a GGUF file cannot be read.
 #[derive(Debug, thiserror::Error)]
@@ -115,7 +117,8 @@ pub struct GgufFile {
     /// The tensors by GGUF name.
     pub tensors: BTreeMap<String, GgufTensor>,
     path: PathBuf,
-    map: Mmap,
+    /// Shared with the matrices that are kept as they lie in it.
+    map: Arc<Mmap>,
 }
 
 /// Where and how a tensor lies in its file.
@@ -127,6 +130,15 @@ pub struct GgufTensor {
     pub kind: BlockKind,
     /// Bytes in the file.
     pub(super) range: Range<usize>,
+}
+
+impl GgufTensor {
+    /// The bytes of part `part` of `parts` equal ones; rows are whole blocks.
+    fn part(&self, part: usize, parts: usize) -> Range<usize> {
+        let bytes = self.range.len() / parts;
+        let start = self.range.start + part * bytes;
+        start..start + bytes
+    }
 }
 
 impl GgufFile {
@@ -158,7 +170,7 @@ impl GgufFile {
             metadata,
             tensors,
             path: path.to_path_buf(),
-            map,
+            map: Arc::new(map),
         })
     }
 
@@ -181,18 +193,36 @@ impl GgufFile {
     /// # Errors
     /// When there is no such tensor.
     pub fn read_part(&self, name: &str, part: usize, parts: usize) -> Result<Vec<f32>, GgufError> {
-        let tensor = self.tensors.get(name).ok_or_else(|| GgufError::NoTensor {
-            path: self.path.clone(),
-            name: name.to_string(),
-        })?;
+        let tensor = self.tensor(name)?;
         let mut values = vec![0f32; tensor.shape.iter().product::<usize>() / parts];
-        // Rows are whole blocks.
-        let bytes = tensor.range.len() / parts;
-        let start = tensor.range.start + part * bytes;
-        let range = start..start + bytes;
+        let range = tensor.part(part, parts);
         blocks::dequantise(tensor.kind, &self.map[range.clone()], &mut values);
         release(&self.map, &range);
         Ok(values)
+    }
+
+    /// The same part as it lies in the file, a matrix of rows of the tensor's width.
+    ///
+    /// # Errors
+    /// When there is no such tensor.
+    pub fn matrix(
+        &self,
+        name: &str,
+        (part, parts): (usize, usize),
+        order: RowOrder,
+    ) -> Result<BlockMatrix, GgufError> {
+        let tensor = self.tensor(name)?;
+        let cols = tensor.shape.last().copied().unwrap_or(1);
+        let rows = tensor.shape.iter().product::<usize>() / cols / parts;
+        let bytes = (self.map.clone(), tensor.part(part, parts));
+        Ok(BlockMatrix::new(bytes, tensor.kind, [rows, cols], order))
+    }
+
+    fn tensor(&self, name: &str) -> Result<&GgufTensor, GgufError> {
+        self.tensors.get(name).ok_or_else(|| GgufError::NoTensor {
+            path: self.path.clone(),
+            name: name.to_string(),
+        })
     }
 }
 

@@ -4,9 +4,15 @@
 //! transformers' `load_in_8bit`), and what its users call int8. The scale of a row factors out of a
 //! product with it. Activations, which LLM.int8 rounds too, are left as they are here.
 
+use std::ops::Range;
+use std::sync::Arc;
+
+use bytemuck::cast_slice;
+use memmap2::Mmap;
 use rayon::prelude::*;
 
 use super::NotFinite;
+use super::held::Held;
 
 /// The largest code.
 const MOST: f32 = 127.0;
@@ -16,9 +22,9 @@ const TASK: usize = 1 << 15;
 /// A matrix in int8.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Int8 {
-    codes: Vec<i8>,
+    codes: Held<i8>,
     /// The largest absolute value of each row.
-    absmax: Vec<f32>,
+    absmax: Held<f32>,
     cols: usize,
 }
 
@@ -50,6 +56,30 @@ impl Int8 {
             return Err(NotFinite::first_of(values));
         }
         Ok(Self {
+            codes: codes.into(),
+            absmax: absmax.into(),
+            cols,
+        })
+    }
+
+    /// Codes and scales as bytes.
+    pub(super) fn parts(&self) -> Vec<&[u8]> {
+        vec![cast_slice(&self.codes), cast_slice(&self.absmax)]
+    }
+
+    /// The same parts in a mapped file; `None` where they are not those of `[rows, cols]`.
+    pub(super) fn from_parts(
+        [rows, cols]: [usize; 2],
+        map: &Arc<Mmap>,
+        parts: &[Range<usize>],
+    ) -> Option<Self> {
+        let [codes, absmax] = parts else {
+            return None;
+        };
+        let codes = Held::<i8>::mapped(map.clone(), codes.clone())?;
+        let absmax = Held::<f32>::mapped(map.clone(), absmax.clone())?;
+        let fits = codes.len() == rows.checked_mul(cols)? && absmax.len() == rows;
+        fits.then_some(Self {
             codes,
             absmax,
             cols,

@@ -1,13 +1,19 @@
 //! A frozen matrix in fewer bits, dequantised some rows at a time.
 
+use std::ops::Range;
+use std::sync::Arc;
+
+use memmap2::Mmap;
 use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
 
 use super::NotFinite;
 use super::int8::Int8;
 use super::nf4::Nf4;
+use super::stored::BlockMatrix;
 
 /// How lorafit quantises a matrix itself.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum Scheme {
     /// NF4 with a scale in f32 for each 64 values: 4.5 bits a value.
     Nf4,
@@ -37,10 +43,27 @@ pub struct QuantMatrix {
     cols: usize,
 }
 
+/// The values of a matrix, as they are kept.
 #[derive(Debug, Clone, PartialEq)]
-enum Values {
+pub enum Values {
+    /// In NF4, row by row.
     Nf4(Nf4),
+    /// In int8.
     Int8(Int8),
+    /// In a GGUF file's blocks.
+    Blocks(BlockMatrix),
+}
+
+impl From<BlockMatrix> for QuantMatrix {
+    /// A matrix of a GGUF file as it lies there.
+    fn from(blocks: BlockMatrix) -> Self {
+        let [rows, cols] = blocks.shape();
+        Self {
+            values: Values::Blocks(blocks),
+            rows,
+            cols,
+        }
+    }
 }
 
 impl QuantMatrix {
@@ -62,16 +85,46 @@ impl QuantMatrix {
         Ok(Self { values, rows, cols })
     }
 
+    /// What lorafit quantised, as bytes: its scheme, its codes, its scales.
+    pub(super) fn parts(&self) -> Option<(Scheme, Vec<&[u8]>)> {
+        match &self.values {
+            Values::Nf4(values) => Some(values.parts()),
+            Values::Int8(values) => Some((Scheme::Int8, values.parts())),
+            Values::Blocks(_) => None,
+        }
+    }
+
+    /// A matrix of the same parts in a mapped file; `None` where they are not those of its shape.
+    pub(super) fn from_parts(
+        scheme: Scheme,
+        [rows, cols]: [usize; 2],
+        map: &Arc<Mmap>,
+        parts: &[Range<usize>],
+    ) -> Option<Self> {
+        let len = rows.checked_mul(cols)?;
+        let values = match scheme {
+            Scheme::Int8 => Values::Int8(Int8::from_parts([rows, cols], map, parts)?),
+            scheme => Values::Nf4(Nf4::from_parts(scheme, len, map, parts)?),
+        };
+        Some(Self { values, rows, cols })
+    }
+
     /// `[rows, cols]`
     pub fn shape(&self) -> [usize; 2] {
         [self.rows, self.cols]
     }
 
-    /// Bytes that it takes.
+    /// As they are kept.
+    pub fn values(&self) -> &Values {
+        &self.values
+    }
+
+    /// Bytes that it takes; none of memory where they lie in a mapped file.
     pub fn bytes(&self) -> usize {
         match &self.values {
             Values::Nf4(values) => values.bytes(),
             Values::Int8(values) => values.bytes(),
+            Values::Blocks(values) => values.blocks().len(),
         }
     }
 
@@ -83,6 +136,7 @@ impl QuantMatrix {
         match &self.values {
             Values::Nf4(values) => values.dequantise(row * self.cols, out),
             Values::Int8(values) => values.dequantise(row, out),
+            Values::Blocks(values) => values.dequantise(row, out),
         }
     }
 

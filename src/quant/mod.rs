@@ -1,14 +1,19 @@
 //! Weights in fewer bits: those that lorafit quantises itself (NF4, int8), and the GGUF container
-//! with its block formats.
+//! with its block formats, whose matrices can also be kept as the file has them.
 
 pub mod absmax;
 pub mod blocks;
+pub mod dynamic;
 pub mod gguf;
 mod gguf_parse;
+pub mod held;
 pub mod int8;
+mod k_blocks;
 pub mod matrix;
 pub mod nf4;
 mod nf4_decode;
+pub mod store;
+pub mod stored;
 
 pub use matrix::{QuantMatrix, Scheme};
 

@@ -4,11 +4,17 @@
 //! Blocks run over a matrix flattened row by row, across its rows, and the last may be short. Codes,
 //! scales and dequantised values are those of bitsandbytes, bit for bit.
 
+use std::ops::Range;
+use std::sync::Arc;
+
+use bytemuck::cast_slice;
+use memmap2::Mmap;
 use rayon::prelude::*;
 
-use super::NotFinite;
-use super::absmax::Absmax;
+use super::absmax::{Absmax, DoubleQuantised, GROUP};
+use super::held::Held;
 use super::nf4_decode::decode_blocks;
+use super::{NotFinite, Scheme};
 
 /// Values that share a scale.
 pub const BLOCK: usize = 64;
@@ -52,7 +58,7 @@ const MIDPOINTS: [f32; 15] = {
 #[derive(Debug, Clone, PartialEq)]
 pub struct Nf4 {
     /// Two codes a byte, the first in the high nibble.
-    packed: Vec<u8>,
+    packed: Held<u8>,
     /// One a block.
     absmax: Absmax,
     len: usize,
@@ -81,8 +87,8 @@ impl Nf4 {
             return Err(NotFinite::first_of(values));
         }
         Ok(Self {
-            packed,
-            absmax: Absmax::Plain(absmax),
+            packed: packed.into(),
+            absmax: Absmax::Plain(absmax.into()),
             len: values.len(),
         })
     }
@@ -93,6 +99,51 @@ impl Nf4 {
             absmax: self.absmax.quantised(),
             ..self
         }
+    }
+
+    /// Codes and scales as bytes, and which scheme they are.
+    pub(super) fn parts(&self) -> (Scheme, Vec<&[u8]>) {
+        match &self.absmax {
+            Absmax::Plain(scales) => (Scheme::Nf4, vec![&*self.packed, cast_slice(scales)]),
+            Absmax::Double(double) => {
+                let offset = cast_slice(std::slice::from_ref(&double.offset));
+                let scales = [&*double.codes, cast_slice(&double.scales), offset];
+                (Scheme::Nf4Double, [&[&*self.packed][..], &scales].concat())
+            }
+        }
+    }
+
+    /// The same parts in a mapped file; `None` where they are not those of `len` values.
+    pub(super) fn from_parts(
+        scheme: Scheme,
+        len: usize,
+        map: &Arc<Mmap>,
+        parts: &[Range<usize>],
+    ) -> Option<Self> {
+        let blocks = len.div_ceil(BLOCK);
+        let floats = |range: &Range<usize>, count: usize| {
+            Held::<f32>::mapped(map.clone(), range.clone()).filter(|held| held.len() == count)
+        };
+        let bytes = |range: &Range<usize>, count: usize| {
+            Held::<u8>::mapped(map.clone(), range.clone()).filter(|held| held.len() == count)
+        };
+        let (packed, absmax) = match (scheme, parts) {
+            (Scheme::Nf4, [packed, scales]) => (packed, Absmax::Plain(floats(scales, blocks)?)),
+            (Scheme::Nf4Double, [packed, codes, scales, offset]) => {
+                let double = DoubleQuantised {
+                    codes: bytes(codes, blocks)?,
+                    scales: floats(scales, blocks.div_ceil(GROUP))?,
+                    offset: floats(offset, 1)?[0],
+                };
+                (packed, Absmax::Double(double))
+            }
+            _ => return None,
+        };
+        Some(Self {
+            packed: bytes(packed, len.div_ceil(2))?,
+            absmax,
+            len,
+        })
     }
 
     /// How many values there are.
@@ -153,7 +204,8 @@ impl Nf4 {
         let (blocks, tail) = rest.as_chunks_mut::<BLOCK>();
         let codes = &self.packed[(first * BLOCK_BYTES).min(self.packed.len())..];
         let codes = &codes.as_chunks::<BLOCK_BYTES>().0[..blocks.len()];
-        decode_blocks(codes, |i| self.absmax.get(first + i), blocks);
+        let scales = self.absmax.view();
+        decode_blocks(codes, |i| scales.get(first + i), blocks);
         self.part_of_block((first + blocks.len()) * BLOCK, tail);
     }
 

@@ -37,6 +37,10 @@ pub struct BasePlan {
     pub init: BaseInit,
     /// How its linear layers are quantised.
     pub quantization: Quantization,
+    /// Where quantised bases are kept; the user's cache directory when `None`.
+    pub cache_dir: Option<PathBuf>,
+    /// Most that is kept there, in GiB; 0 keeps nothing.
+    pub cache_limit: f64,
 }
 
 /// How the linear layers of the base model are quantised as it is loaded.
@@ -52,13 +56,15 @@ pub enum Quantization {
     Nf4Double,
     /// 8 bits, a scale for each row.
     Int8,
+    /// As they are in the blocks of the base's GGUF file.
+    Gguf,
 }
 
 impl Quantization {
-    /// The scheme, if there is one.
+    /// How lorafit quantises them itself, if it does.
     pub fn scheme(self) -> Option<Scheme> {
         match self {
-            Self::None => None,
+            Self::None | Self::Gguf => None,
             Self::Nf4 => Some(Scheme::Nf4),
             Self::Nf4Double => Some(Scheme::Nf4Double),
             Self::Int8 => Some(Scheme::Int8),
@@ -385,6 +391,9 @@ pub enum GradientCheckpointing {
 pub enum Optimizer {
     /// AdamW (arXiv 1711.05101).
     Adamw,
+    /// AdamW with moments in 8 bits (arXiv 2110.02861).
+    #[serde(rename = "adamw_8bit")]
+    Adamw8bit,
     /// AdamW on B alone, with its gradient projected (LoRA-FA, arXiv 2308.03303).
     LoraFa,
 }
@@ -393,7 +402,7 @@ pub enum Optimizer {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Precision {
-    /// That of the base's files on the processor, f32 on a GPU and where all weights train.
+    /// That of the base's files, f32 where all weights train.
     #[default]
     Auto,
     /// 32 bits.

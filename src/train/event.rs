@@ -35,6 +35,9 @@ pub enum Event {
         learning_rate: f64,
         /// Norm of the gradients before clipping.
         grad_norm: f64,
+        /// What the loss was multiplied by for the backward pass, where it was.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        loss_scale: Option<f64>,
         /// Tokens in the step, without padding.
         tokens: usize,
         /// Tokens that trained.
@@ -51,6 +54,15 @@ pub enum Event {
         memory_peak_bytes: Option<u64>,
         /// Seconds of the step.
         seconds: f64,
+    },
+    /// Gradients overflowed, so that no weight moved in this step, and the loss is scaled less from now on.
+    Overflow {
+        /// Steps done, with this one.
+        step: usize,
+        /// The new scale.
+        loss_scale: f64,
+        /// Steps skipped so far.
+        skipped: usize,
     },
     /// The validation split was measured.
     Eval {
@@ -123,6 +135,7 @@ impl Event {
         match self {
             Self::Start { step, .. }
             | Self::Step { step, .. }
+            | Self::Overflow { step, .. }
             | Self::Eval { step, .. }
             | Self::Sample { step, .. }
             | Self::Skipped { step, .. }

@@ -5,17 +5,14 @@ use std::path::{Path, PathBuf};
 pub use super::choice::AdapterChoice;
 use super::choice::{self, Findings};
 use crate::adapter::config::AdapterConfig;
-use crate::adapter::inject::{self, Init};
 use crate::data::tokenize::new_tokens::NewToken;
 use crate::data::tokenize::{ChatTokenizer, TokenizerError};
 use crate::data::{self, Dataset};
 use crate::export::sidecar::has_tokenizer;
 use crate::hub;
-use crate::kernels::is_cpu;
 use crate::model::config::ModelConfig;
-use crate::model::weights::{self, Weights, WeightsError};
-use crate::model::{CausalLm, Keep, Storage};
-use crate::recipe::{BaseInit, Plan};
+use crate::model::weights::{self, Weights};
+use crate::recipe::{BaseInit, Plan, Quantization};
 
 /// A plan with its base model found, its data tokenised and its adapters chosen.
 #[derive(Debug)]
@@ -109,6 +106,13 @@ fn open_weights(
     let Some(weights) = findings.take(Weights::open(base)) else {
         return (None, None);
     };
+    if plan.base.quantization == Quantization::Gguf && weights.gguf().is_none() {
+        findings.0.push(format!(
+            "base.quantization: gguf keeps the blocks of a GGUF file, and the base {} is none; name a \
+             .gguf file in base.model, or quantise it with nf4, nf4-double or int8",
+            base.display()
+        ));
+    }
     let config = findings.take(weights.config());
     if let Some(config) = &config {
         findings.take(weights::check(&weights, config));
@@ -167,60 +171,9 @@ pub fn locate(
 }
 
 impl Prepared {
-    /// Loads the base model onto a device, with its adapters injected or all weights trainable.
-    ///
-    /// # Errors
-    /// A tensor cannot be read.
-    pub fn model(&self, device: &burn::tensor::Device) -> Result<CausalLm, WeightsError> {
-        let seed = self.plan.train.seed;
-        let mut model = match &self.weights {
-            Some(weights) => {
-                let (config, storage) = (self.config.clone(), self.storage(device));
-                let in_f32 =
-                    |name: &str| choice::changes(self.adapter.as_ref(), &self.config, name);
-                let keep = Keep {
-                    storage,
-                    linears: self.plan.base.quantization.scheme(),
-                    in_f32: &in_f32,
-                };
-                CausalLm::load_as(weights, config, device, keep)?
-            }
-            None => CausalLm::random(self.config.clone(), seed, device)?,
-        };
-        match &self.adapter {
-            Some(choice) => {
-                let init = match &choice.values {
-                    Some(values) => Init::Loaded(values),
-                    None => Init::Fresh { seed },
-                };
-                self.begin_new_tokens(&mut model);
-                inject::inject(&mut model, &choice.config, &choice.modules, &init);
-            }
-            None => inject::train_all(&mut model),
-        }
-        Ok(model)
-    }
-
-    /// How the frozen matrices are kept.
-    pub fn storage(&self, device: &burn::tensor::Device) -> Storage {
-        let adapts = self.adapter.is_some();
-        choice::storage(self.plan.train.precision, adapts, is_cpu(device))
-    }
-
     /// Tokens that the model has embeddings for once its adapter is in.
     pub fn vocab_size(&self) -> usize {
         choice::vocabulary(&self.config, self.adapter.as_ref())
-    }
-
-    /// Gives each new token the mean of the rows of the tokens that it takes the place of.
-    fn begin_new_tokens(&self, model: &mut CausalLm) {
-        if self.new_tokens.is_empty() {
-            return;
-        }
-        model.grow(self.vocab_size());
-        for token in &self.new_tokens {
-            model.set_to_mean(token.id as usize, &token.pieces);
-        }
     }
 
     /// Identifies the samples and the base model, so that a resumed run can tell that they are the

@@ -288,6 +288,8 @@ fn comparable(plan: &Plan) -> serde_json::Value {
     plan.sample.max_new_tokens = 0;
     plan.sample.temperature = 0.0;
     plan.sample.top_p = 0.0;
+    plan.base.cache_dir = None;
+    plan.base.cache_limit = 0.0;
     plan.data.cache_dir = None;
     plan.data.cache_limit = 0.0;
     if plan.data.streaming {

@@ -14,7 +14,10 @@ use safetensors::Dtype;
 use serde::{Deserialize, Serialize};
 
 use super::event::Event;
-use super::optimizer::{AdamW, Moments};
+use super::loss_scale::LossScale;
+use super::moments::Moments;
+use super::moments_8bit::{BLOCK, Moment8, Moments8};
+use super::optimizer::AdamW;
 use crate::data::stream::Cursor;
 use crate::device::to_vec;
 use crate::export::safetensors::{SafetensorsWriter, TensorInfo, f32_bytes};
@@ -42,6 +45,9 @@ pub struct Progress {
     /// Where streamed data stand; the step says it all where they are not streamed.
     #[serde(default)]
     pub cursor: Option<Cursor>,
+    /// What losses are multiplied by; `None` where they are not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub loss_scale: Option<LossScale>,
 }
 
 impl Progress {
@@ -56,7 +62,16 @@ impl Progress {
             stopped_early: false,
             inputs,
             cursor: None,
+            loss_scale: None,
         }
+    }
+
+    /// Steps in which weights moved: all but the skipped ones.
+    pub fn steps_taken(&self) -> usize {
+        self.step
+            - self
+                .loss_scale
+                .map_or(0, |scale| scale.skipped.min(self.step))
     }
 
     /// Whether a run that stands here has behind it what was recorded; what comes later will
@@ -109,6 +124,8 @@ const WEIGHTS: &str = "weights.safetensors";
 const OPTIMIZER: &str = "optimizer.safetensors";
 const FIRST: &str = ".first";
 const SECOND: &str = ".second";
+/// Beside the codes of a moment in 8 bits, its scales.
+const ABSMAX: &str = ".absmax";
 
 /// The directory of the state after `step` steps.
 pub fn path(states: &Path, step: usize) -> PathBuf {
@@ -149,14 +166,27 @@ pub fn save(
     let dir = PartialDir::create(&target)?;
     let mut weights = BTreeMap::new();
     model.visit_trainable(&mut |name, parameter| {
-        weights.insert(name.to_string(), (parameter.flat(), parameter.shape()));
+        let values = Values::Tensor(parameter.flat(), parameter.shape());
+        weights.insert(name.to_string(), values);
     });
     write(&dir.path().join(WEIGHTS), &weights)?;
     let mut moments = BTreeMap::new();
-    for (name, Moments { first, second }) in &optimizer.moments {
-        let n = first.dims().to_vec();
-        moments.insert(format!("{name}{FIRST}"), (first.clone(), n.clone()));
-        moments.insert(format!("{name}{SECOND}"), (second.clone(), n));
+    for (name, both) in &optimizer.moments {
+        match both {
+            Moments::Whole { first, second } => {
+                for (suffix, moment) in [(FIRST, first), (SECOND, second)] {
+                    let values = Values::Tensor(moment.clone(), moment.dims().to_vec());
+                    moments.insert(format!("{name}{suffix}"), values);
+                }
+            }
+            Moments::EightBit(Moments8 { first, second }) => {
+                for (suffix, moment) in [(FIRST, first), (SECOND, second)] {
+                    let key = format!("{name}{suffix}");
+                    moments.insert(format!("{key}{ABSMAX}"), Values::Scales(&moment.absmax));
+                    moments.insert(key, Values::Codes(&moment.codes));
+                }
+            }
+        }
     }
     write(&dir.path().join(OPTIMIZER), &moments)?;
     let json = serde_json::to_vec_pretty(progress).unwrap_or_default();
@@ -165,15 +195,33 @@ pub fn save(
     Ok(target)
 }
 
+/// What is written under a name.
+#[expect(
+    clippy::large_enum_variant,
+    reason = "a tensor is of that size wherever it is"
+)]
+enum Values<'a> {
+    /// A tensor of f32, flat, and its shape.
+    Tensor(Tensor<1>, Vec<usize>),
+    /// Codes of a moment in 8 bits.
+    Codes(&'a [u8]),
+    /// Their scales.
+    Scales(&'a [f32]),
+}
+
 /// Writes tensors one at a time.
-fn write(
-    path: &Path,
-    tensors: &BTreeMap<String, (Tensor<1>, Vec<usize>)>,
-) -> Result<(), WriteError> {
-    let info = |(name, (_, shape)): (&String, &(Tensor<1>, Vec<usize>))| TensorInfo {
-        name: name.clone(),
-        dtype: Dtype::F32,
-        shape: shape.clone(),
+fn write(path: &Path, tensors: &BTreeMap<String, Values>) -> Result<(), WriteError> {
+    let info = |(name, values): (&String, &Values)| {
+        let (dtype, shape) = match values {
+            Values::Tensor(_, shape) => (Dtype::F32, shape.clone()),
+            Values::Codes(codes) => (Dtype::U8, vec![codes.len()]),
+            Values::Scales(scales) => (Dtype::F32, vec![scales.len()]),
+        };
+        TensorInfo {
+            name: name.clone(),
+            dtype,
+            shape,
+        }
     };
     let infos = tensors.iter().map(info).collect();
     let mut writer = SafetensorsWriter::create(path, &[("format", "pt")], infos)?;
@@ -183,8 +231,13 @@ fn write(
         .map(|t| t.name.clone())
         .collect::<Vec<_>>()
     {
-        if let Some((tensor, _)) = tensors.get(&name) {
-            writer.write(&name, &f32_bytes(&to_vec(tensor.clone())))?;
+        match tensors.get(&name) {
+            Some(Values::Tensor(tensor, _)) => {
+                writer.write(&name, &f32_bytes(&to_vec(tensor.clone())))?;
+            }
+            Some(Values::Codes(codes)) => writer.write(&name, codes)?,
+            Some(Values::Scales(scales)) => writer.write(&name, &f32_bytes(scales))?,
+            None => {}
         }
     }
     writer.finish()?;
@@ -229,41 +282,65 @@ pub fn load_weights(states: &Path, step: usize, model: &mut CausalLm) -> Result<
     }
 }
 
-/// Puts the moments of the state after `step` steps into an optimizer.
+/// Puts the moments of a state into an optimizer.
 ///
 /// # Errors
 /// They are missing or damaged.
 pub fn load_optimizer(
     states: &Path,
-    step: usize,
+    progress: &Progress,
     optimizer: &mut AdamW,
     device: &Device,
 ) -> Result<(), StateError> {
-    let dir = path(states, step);
+    let dir = path(states, progress.step);
     let file = Weights::open(&dir.join(OPTIMIZER))?;
-    let damaged = |reason| StateError::Damaged {
-        path: dir.clone(),
-        reason,
-    };
     let names: Vec<String> = file
         .names()
         .filter_map(|name| Some(name.strip_suffix(FIRST)?.to_string()))
         .collect();
-    optimizer.steps = step;
+    optimizer.steps = progress.steps_taken();
     optimizer.moments.clear();
     for name in names {
-        let moment = |suffix: &str| {
-            let key = format!("{name}{suffix}");
-            let shape = file.shape(&key).unwrap_or(&[0]).to_vec();
-            read(&file, &key, &shape, device).map_err(damaged)
-        };
-        let moments = Moments {
-            first: moment(FIRST)?,
-            second: moment(SECOND)?,
-        };
+        let moments = moments(&file, &name, device).map_err(|reason| StateError::Damaged {
+            path: dir.clone(),
+            reason,
+        })?;
         optimizer.moments.insert(name, moments);
     }
     Ok(())
+}
+
+fn moments(file: &Weights, name: &str, device: &Device) -> Result<Moments, String> {
+    let [first, second] = [FIRST, SECOND].map(|suffix| format!("{name}{suffix}"));
+    if file.shape(&format!("{first}{ABSMAX}")).is_some() {
+        return Ok(Moments::EightBit(Moments8 {
+            first: moment_8bit(file, &first)?,
+            second: moment_8bit(file, &second)?,
+        }));
+    }
+    let moment = |key: &str| {
+        let shape = file.shape(key).unwrap_or(&[0]).to_vec();
+        read(file, key, &shape, device)
+    };
+    Ok(Moments::Whole {
+        first: moment(&first)?,
+        second: moment(&second)?,
+    })
+}
+
+fn moment_8bit(file: &Weights, key: &str) -> Result<Moment8, String> {
+    let codes = file.raw(key).map_err(|error| error.to_string())?;
+    let scales = format!("{key}{ABSMAX}");
+    let absmax = file.read_f32(&scales).map_err(|error| error.to_string())?;
+    let codes = codes.unwrap_or_default().to_vec();
+    match absmax.len() == codes.len().div_ceil(BLOCK) {
+        true => Ok(Moment8 { codes, absmax }),
+        false => Err(format!(
+            "{scales}: {} scales of {} codes, expected one for {BLOCK}",
+            absmax.len(),
+            codes.len()
+        )),
+    }
 }
 
 fn read(file: &Weights, name: &str, shape: &[usize], device: &Device) -> Result<Tensor<1>, String> {

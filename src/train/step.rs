@@ -71,9 +71,20 @@ pub fn gradients(
     retain: Retain,
     interrupted: &dyn Fn() -> bool,
 ) -> Option<StepGradients> {
+    scaled_gradients(model, batches, dropout, (retain, 1.0), interrupted)
+}
+
+/// [`gradients`] times a scale; the loss is as it is.
+pub fn scaled_gradients(
+    model: &mut CausalLm,
+    batches: &[Batch],
+    dropout: Option<DropoutSeed>,
+    (retain, scale): (Retain, f64),
+    interrupted: &dyn Fn() -> bool,
+) -> Option<StepGradients> {
     let targets: Vec<Arc<[i32]>> = batches.iter().map(targets).collect();
     let label_tokens: usize = targets.iter().map(|t| label_tokens(t)).sum();
-    let share = 1.0 / label_tokens.max(1) as f64;
+    let share = scale / label_tokens.max(1) as f64;
     let mut losses = Vec::with_capacity(batches.len());
     let mut total = Gradients::new();
     for (i, (batch, targets)) in batches.iter().zip(targets).enumerate() {
@@ -89,10 +100,24 @@ pub fn gradients(
         losses.push(recompute::gradients(model, &batch, retain, &mut total));
     }
     Some(StepGradients {
-        loss: losses.into_iter().map(scalar).sum(),
+        loss: losses.into_iter().map(scalar).sum::<f64>() / scale,
         label_tokens,
         gradients: total,
     })
+}
+
+/// Divides gradients by their scale; returns whether all were finite.
+pub fn unscale(gradients: &mut Gradients, scale: f64) -> bool {
+    if gradients.is_empty() {
+        return true;
+    }
+    // Nothing times 0 is anything but 0, except infinities and NaN.
+    let zeros = gradients.values().map(|g| (g.clone() * 0.0).sum());
+    let zeros = to_vec(Tensor::cat(zeros.collect(), 0));
+    for gradient in gradients.values_mut() {
+        *gradient = gradient.clone() / scale;
+    }
+    zeros.into_iter().all(|zero| zero == 0.0)
 }
 
 /// The norm of all gradients together; above `max_norm` they are scaled down to it in place

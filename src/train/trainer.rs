@@ -10,6 +10,7 @@ use super::recompute::Retain;
 use super::run_dir::Metrics;
 use super::run_state::{self, Best, Progress};
 use super::schedule::Schedule;
+use super::step::StepGradients;
 use super::{memory, step};
 use crate::data::feed::{self, Feed};
 use crate::data::tokenize::ChatTokenizer;
@@ -194,16 +195,21 @@ impl Trainer<'_> {
             longest.unwrap_or(0),
             self.model.device(),
         );
+        let scale = self.progress.loss_scale.map(|scaling| scaling.scale);
         let in_use = memory::in_use(self.model.device());
         let found = caught(|| {
             let (model, batches) = (&mut self.model, &data.batches);
-            step::gradients(model, batches, Some(dropout), retain, self.interrupted)
+            let how = (retain, scale.unwrap_or(1.0));
+            step::scaled_gradients(model, batches, Some(dropout), how, self.interrupted)
         });
         // Nothing of the model has changed yet, so that the last step can be saved.
         let found = found.map_err(|out| self.out_of_memory(out, in_use, SAVED))?;
         let Some(mut result) = found else {
             return Ok(false);
         };
+        if self.overflows(&mut result) {
+            return self.skip(&data.rows);
+        }
         self.finite("loss", result.loss, &data.rows)?;
         let grad_norm = step::clip(&mut result.gradients, self.plan.train.max_grad_norm);
         self.finite("gradient norm", grad_norm, &data.rows)?;
@@ -226,6 +232,7 @@ impl Trainer<'_> {
             loss: result.loss,
             learning_rate,
             grad_norm,
+            loss_scale: scale,
             tokens,
             trained_tokens: result.label_tokens,
             padding: 1.0 - tokens as f64 / slots.max(1) as f64,
@@ -233,6 +240,32 @@ impl Trainer<'_> {
             memory_bytes: memory::in_use(self.model.device()),
             memory_peak_bytes: memory::peak(self.model.device()),
             seconds,
+        })?;
+        Ok(true)
+    }
+
+    /// Takes the scale off the gradients, where there is one; whether one of them is not finite.
+    fn overflows(&mut self, result: &mut StepGradients) -> bool {
+        let Some(scaling) = &mut self.progress.loss_scale else {
+            return false;
+        };
+        let finite = step::unscale(&mut result.gradients, scaling.scale);
+        scaling.update(finite);
+        !finite
+    }
+
+    /// Goes on without this step.
+    fn skip(&mut self, rows: &[SampleId]) -> Result<bool, TrainError> {
+        let scaling = self.progress.loss_scale.unwrap_or_default();
+        if scaling.is_exhausted() {
+            self.finite("gradient, whatever the loss scale,", f64::NAN, rows)?;
+        }
+        self.progress.step += 1;
+        self.progress.cursor = self.feed.cursor();
+        self.emit(Event::Overflow {
+            step: self.progress.step,
+            loss_scale: scaling.scale,
+            skipped: scaling.skipped,
         })?;
         Ok(true)
     }

@@ -18,10 +18,10 @@ use cubecl_cpp::register_supported_types;
 use cubecl_cpp::shared::{CompilationOptions, CppCompiler, CppSupportedFeatures};
 use cubecl_cpp::target::Cuda;
 use cubecl_environment::stream::StreamId;
-use cubecl_ir::features::Plane;
+use cubecl_ir::features::{MmaConfig, Plane};
 use cubecl_ir::types::matrix::MatrixLayout;
 use cubecl_ir::{
-    ContiguousElements, DeviceIdentity, DeviceProperties, HardwareProperties,
+    ContiguousElements, DeviceIdentity, DeviceProperties, ElemType, FloatKind, HardwareProperties,
     MemoryDeviceProperties, MmaProperties, TargetProperties,
 };
 use cubecl_runtime::compiler::Compiler;
@@ -137,6 +137,17 @@ fn target(architecture: u32) -> Target {
     properties.features.alignment = true;
     properties.features.memory_reinterpret = true;
     properties.features.copy_async = true;
+    for kind in [FloatKind::F16, FloatKind::BF16] {
+        let element = ElemType::Float(kind);
+        properties.features.matmul.cmma.insert(MmaConfig {
+            a_type: element,
+            b_type: element,
+            cd_type: ElemType::Float(FloatKind::F32),
+            m: 16,
+            n: 16,
+            k: 16,
+        });
+    }
     let mma = MmaProperties {
         register_size_bits: 32,
         const_plane_size: 32,

@@ -2,8 +2,9 @@
 //! with what model families add to it: sliding windows, soft-capped scores, attention sinks, and
 //! value heads of another width than the key heads.
 //!
-//! The fused kernel works through blocks of queries and only the keys of their segment and window
-//! that they may see, so that no `[T, T]` matrix is ever held and packed samples cost no more than
+//! The fused kernels, the CPU's here and the GPUs' in `cube::attention`, work through blocks of
+//! queries and only the keys of their segment and window that they may see, so that no `[T, T]`
+//! matrix is ever held and packed samples cost no more than
 //! apart; the backward pass computes the probabilities again from the log-sum-exp of each row
 //! (FlashAttention-2, arXiv 2307.08691).
 
@@ -21,7 +22,7 @@ use rayon::prelude::*;
 
 use super::flex::{self, Matrix};
 use super::segments::{Segments, balanced};
-use super::{KernelGradients, Kernels, is_cpu};
+use super::{KernelGradients, Kernels, is_fused};
 
 pub(super) use backward::backward;
 pub(super) use forward::{forward, maximum, total};
@@ -44,6 +45,9 @@ pub struct Heads {
     /// Scores become `cap · tanh(scores / cap)`, after the factor and before the mask (Gemma 2,
     /// arXiv 2408.00118).
     pub soft_cap: Option<f32>,
+    /// Whether queries, keys, values, probabilities and gradients may be rounded to bf16 to be
+    /// multiplied, as GPUs do whose tensor cores take it; sums stay in f32.
+    pub in_bf16: bool,
 }
 
 impl Heads {
@@ -63,7 +67,7 @@ impl Heads {
     }
 
     /// Columns of the output: H · Dv.
-    fn out_width(&self) -> usize {
+    pub(super) fn out_width(&self) -> usize {
         self.heads * self.value_dim
     }
 }
@@ -71,14 +75,14 @@ impl Heads {
 /// What the backward pass needs.
 #[derive(Debug, Clone)]
 pub struct Saved<B: Backend> {
-    q: FloatTensor<B>,
-    k: FloatTensor<B>,
-    v: FloatTensor<B>,
-    sinks: FloatTensor<B>,
-    out: FloatTensor<B>,
-    lse: FloatTensor<B>,
-    heads: Heads,
-    segments: Segments,
+    pub(super) q: FloatTensor<B>,
+    pub(super) k: FloatTensor<B>,
+    pub(super) v: FloatTensor<B>,
+    pub(super) sinks: FloatTensor<B>,
+    pub(super) out: FloatTensor<B>,
+    pub(super) lse: FloatTensor<B>,
+    pub(super) heads: Heads,
+    pub(super) segments: Segments,
 }
 
 /// Causal attention in which a query sees itself and the earlier keys of its own segment, as far
@@ -110,7 +114,7 @@ pub fn attention(
     let sink_count = sinks.as_ref().map_or(heads.heads, |sinks| sinks.dims()[0]);
     assert_eq!(sink_count, heads.heads, "sinks for {heads:?}");
     assert_ne!(heads.window, Some(0), "a window without keys");
-    if is_cpu(&q.device()) {
+    if is_fused(&q.device()) {
         let sinks = sinks.unwrap_or_else(|| Tensor::empty([0], &q.device()));
         Tensor::from_dispatch(Dispatch::fused_attention(
             q.into_dispatch(),

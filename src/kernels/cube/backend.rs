@@ -5,7 +5,9 @@ use std::sync::Arc;
 use burn_cubecl::CubeBackend;
 use burn_cubecl::tensor::CubeTensor;
 
-use super::{activation, adamw, clamped_gate, dropout, rms_norm, rope};
+use super::{
+    activation, adamw, clamped_gate, cross_entropy as loss, dropout, linear, rms_norm, rope, unpack,
+};
 use crate::kernels::{
     Activation, AdamwStep, ClampedGate, DropMask, KernelGradients, Kernels, Quantised, RopeLayout,
     Segments, attention, cross_entropy, lora_linear,
@@ -52,42 +54,56 @@ impl Kernels for CubeBackend {
     }
 
     fn fused_attention(
-        _: CubeTensor,
-        _: CubeTensor,
-        _: CubeTensor,
-        _: CubeTensor,
-        _: attention::Heads,
-        _: Segments,
+        q: CubeTensor,
+        k: CubeTensor,
+        v: CubeTensor,
+        sinks: CubeTensor,
+        heads: attention::Heads,
+        segments: Segments,
     ) -> CubeTensor {
-        unrouted()
+        super::attention::forward(q, k, v, sinks, heads, &segments).0
     }
 
-    fn fused_linear(_: CubeTensor, _: CubeTensor, _: Quantised, _: Arc<[usize]>) -> CubeTensor {
-        unrouted()
+    fn fused_in_f32(x: CubeTensor) -> CubeTensor {
+        unpack::in_f32(x)
+    }
+
+    fn fused_rows_of(table: CubeTensor, ids: CubeTensor) -> CubeTensor {
+        unpack::rows_of(table, ids)
+    }
+
+    fn fused_linear(
+        x: CubeTensor,
+        weight: CubeTensor,
+        quantised: Quantised,
+        groups: Arc<[usize]>,
+    ) -> CubeTensor {
+        linear::forward(x, (weight, quantised), &groups)
     }
 
     fn fused_lora_linear(
-        _: CubeTensor,
-        _: CubeTensor,
-        _: Quantised,
-        _: CubeTensor,
-        _: CubeTensor,
-        _: f32,
-        _: Arc<[usize]>,
+        x: CubeTensor,
+        weight: CubeTensor,
+        quantised: Quantised,
+        lora_a: CubeTensor,
+        lora_b: CubeTensor,
+        scaling: f32,
+        groups: Arc<[usize]>,
     ) -> CubeTensor {
-        unrouted()
+        linear::lora_forward(x, (weight, quantised), [lora_a, lora_b], scaling, &groups).0
     }
 
     fn fused_cross_entropy(
-        _: CubeTensor,
-        _: CubeTensor,
-        _: CubeTensor,
-        _: CubeTensor,
-        _: CubeTensor,
-        _: Arc<[i32]>,
-        _: cross_entropy::LogitShape,
+        hidden: CubeTensor,
+        weight: CubeTensor,
+        low: CubeTensor,
+        up: CubeTensor,
+        bias: CubeTensor,
+        targets: Arc<[i32]>,
+        shape: cross_entropy::LogitShape,
     ) -> CubeTensor {
-        unrouted()
+        let parts = [hidden, weight, low, up, bias];
+        loss::forward(parts, &targets, shape, Default::default()).loss
     }
 }
 
@@ -129,59 +145,59 @@ impl KernelGradients for CubeBackend {
     }
 
     fn attention_forward(
-        _: CubeTensor,
-        _: CubeTensor,
-        _: CubeTensor,
-        _: CubeTensor,
-        _: attention::Heads,
-        _: &Segments,
+        q: CubeTensor,
+        k: CubeTensor,
+        v: CubeTensor,
+        sinks: CubeTensor,
+        heads: attention::Heads,
+        segments: &Segments,
     ) -> (CubeTensor, CubeTensor) {
-        unrouted()
+        super::attention::forward(q, k, v, sinks, heads, segments)
     }
 
     fn attention_backward(
-        _: attention::Saved<Self>,
-        _: CubeTensor,
-        _: bool,
+        saved: attention::Saved<Self>,
+        grad: CubeTensor,
+        wants_sinks: bool,
     ) -> ([CubeTensor; 3], Option<CubeTensor>) {
-        unrouted()
+        super::attention::backward(saved, grad, wants_sinks)
     }
 
-    fn linear_backward(_: CubeTensor, _: Quantised, _: CubeTensor, _: &[usize]) -> CubeTensor {
-        unrouted()
+    fn linear_backward(
+        weight: CubeTensor,
+        quantised: Quantised,
+        grad: CubeTensor,
+        groups: &[usize],
+    ) -> CubeTensor {
+        linear::backward((weight, quantised), grad, groups)
     }
 
     fn lora_linear_forward(
-        _: CubeTensor,
-        _: CubeTensor,
-        _: Quantised,
-        _: CubeTensor,
-        _: CubeTensor,
-        _: f32,
-        _: &[usize],
+        x: CubeTensor,
+        weight: CubeTensor,
+        quantised: Quantised,
+        lora_a: CubeTensor,
+        lora_b: CubeTensor,
+        scaling: f32,
+        groups: &[usize],
     ) -> (CubeTensor, CubeTensor) {
-        unrouted()
+        linear::lora_forward(x, (weight, quantised), [lora_a, lora_b], scaling, groups)
     }
 
     fn lora_linear_backward(
-        _: lora_linear::Saved<Self>,
-        _: CubeTensor,
-        _: bool,
+        saved: lora_linear::Saved<Self>,
+        grad: CubeTensor,
+        wants_x: bool,
     ) -> (Option<CubeTensor>, CubeTensor, CubeTensor) {
-        unrouted()
+        linear::lora_backward(saved, grad, wants_x)
     }
 
     fn cross_entropy_forward(
-        _: cross_entropy::Parts<Self>,
-        _: &[i32],
-        _: cross_entropy::LogitShape,
-        _: [bool; 5],
+        parts: cross_entropy::Parts<Self>,
+        targets: &[i32],
+        shape: cross_entropy::LogitShape,
+        wants: [bool; 5],
     ) -> cross_entropy::LossAndGradients<Self> {
-        unrouted()
+        loss::forward(parts, targets, shape, wants)
     }
-}
-
-/// Stands where the public function sends GPUs to plain operations.
-fn unrouted() -> ! {
-    unreachable!("this kernel has no GPU version, and its function knows")
 }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use cubecl::ir::{DeviceProperties, TargetProperties};
 use cubecl::prelude::*;
 
-use super::{activation, adamw, clamped_gate, dropout, rms_norm, rope};
+use super::{activation, adamw, attention, clamped_gate, dropout, linear_samples, rms_norm, rope};
 
 /// A device that kernels are compiled for.
 #[derive(Clone)]
@@ -45,8 +45,10 @@ pub fn samples(target: &Target) -> Vec<Sample> {
     let samples = [
         activation::samples(target),
         adamw::samples(target),
+        attention::samples(target),
         clamped_gate::samples(target),
         dropout::samples(target),
+        linear_samples::samples(target),
         rms_norm::samples(target),
         rope::samples(target),
     ];

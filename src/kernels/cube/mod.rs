@@ -5,21 +5,38 @@
 //! so that a run repeats bit for bit on a device. Kernels are launched unchecked: what keeps an index
 //! inside its buffer stands in the kernel.
 
+#![allow(
+    clippy::needless_range_loop,
+    reason = "kernels count, for want of iterators"
+)]
+
 mod activation;
 mod adamw;
+mod attention;
 mod backend;
 mod clamped_gate;
+mod cross_entropy;
 mod dropout;
+mod linear;
+#[cfg(feature = "lowering")]
+mod linear_samples;
 #[cfg(feature = "lowering")]
 pub mod lowering;
+mod packed;
+mod product;
 mod rms_norm;
 mod rope;
+mod tensor_cores;
+mod tiles;
+mod unpack;
 
 use burn::backend::{DType, TensorMetadata};
 use burn_cubecl::kernel::into_contiguous;
-use burn_cubecl::ops::numeric::empty_device_contiguous_dtype;
+use burn_cubecl::ops::numeric::{empty_device_contiguous_dtype, zeros_client};
 use burn_cubecl::tensor::CubeTensor;
 use cubecl::prelude::*;
+
+pub use packed::Packed;
 
 /// Units that work on one row together.
 const UNITS: u32 = 128;
@@ -48,6 +65,16 @@ fn contiguous(x: CubeTensor) -> CubeTensor {
 fn empty<const D: usize>(like: &CubeTensor, shape: [usize; D]) -> CubeTensor {
     let (client, device) = (like.client.clone(), like.device.clone());
     empty_device_contiguous_dtype(client, device, shape.into(), DType::F32)
+}
+
+/// Likewise, zeros.
+fn zeros<const D: usize>(like: &CubeTensor, shape: [usize; D]) -> CubeTensor {
+    zeros_client(
+        like.client.clone(),
+        like.device.clone(),
+        shape.into(),
+        DType::F32,
+    )
 }
 
 /// Rows and columns.

@@ -8,10 +8,10 @@ use crate::kernels::Segments;
 use crate::kernels::attention::{self, Heads, attention};
 
 /// The fused kernel, or the reference.
-type Attention =
+pub(super) type Attention =
     fn(Tensor<2>, Tensor<2>, Tensor<2>, Option<Tensor<1>>, Heads, &Segments) -> Tensor<2>;
 
-fn heads(heads: usize, kv_heads: usize, head_dim: usize) -> Heads {
+pub(super) fn heads(heads: usize, kv_heads: usize, head_dim: usize) -> Heads {
     Heads {
         heads,
         kv_heads,
@@ -20,11 +20,12 @@ fn heads(heads: usize, kv_heads: usize, head_dim: usize) -> Heads {
         scale: (head_dim as f32).powf(-0.5),
         window: None,
         soft_cap: None,
+        in_bf16: false,
     }
 }
 
 /// q, k and v of `queries` and `keys` rows.
-fn random_rows(heads: Heads, queries: usize, keys: usize) -> [Tensor<2>; 3] {
+pub(super) fn random_rows(heads: Heads, queries: usize, keys: usize) -> [Tensor<2>; 3] {
     [
         random([queries, heads.heads * heads.head_dim]),
         random([keys, heads.kv_heads * heads.head_dim]),
@@ -33,7 +34,7 @@ fn random_rows(heads: Heads, queries: usize, keys: usize) -> [Tensor<2>; 3] {
 }
 
 /// Applies `f` to q, k, v and, when there are four tensors, sinks `[1, H]`.
-fn apply(f: Attention, x: &[Tensor<2>], heads: Heads, segments: &Segments) -> Tensor<2> {
+pub(super) fn apply(f: Attention, x: &[Tensor<2>], heads: Heads, segments: &Segments) -> Tensor<2> {
     let sinks = x.get(3).map(|sinks| sinks.clone().reshape([heads.heads]));
     let [q, k, v] = [0, 1, 2].map(|i| x[i].clone());
     f(q, k, v, sinks, heads, segments)

@@ -14,6 +14,10 @@ mod frozen;
 mod gated;
 #[cfg(feature = "gpu")]
 mod gpu;
+#[cfg(feature = "gpu")]
+mod gpu_attention;
+#[cfg(feature = "gpu")]
+mod gpu_linear;
 mod quantised;
 mod rope;
 

@@ -12,10 +12,8 @@ fn quantised([out, input]: [usize; 2], scheme: Scheme) -> (Weight, Tensor<2>) {
         .try_into_vec()
         .expect("f32");
     let matrix = QuantMatrix::quantise(&values, [out, input], scheme).expect("finite");
-    let weight = Weight::Quantised(Arc::new(QuantWeight {
-        matrix,
-        in_bf16: false,
-    }));
+    let weight = QuantWeight::new(matrix, false, &Device::flex());
+    let weight = Weight::Quantised(Arc::new(weight));
     let dense = weight.in_f32(&Device::flex());
     (weight, dense)
 }

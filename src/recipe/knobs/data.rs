@@ -46,11 +46,28 @@ pub(super) const KNOBS: &[Knob] = &[
             ("nf4", "4.5 bits a value (QLoRA, arXiv 2305.14314)"),
             ("nf4-double", "4.13 bits a value: NF4 whose scales are quantised too"),
             ("int8", "8 bits a value, a scale for each row (LLM.int8's storage, arXiv 2208.07339)"),
+            (
+                "gguf",
+                "the blocks of the base's GGUF file, mapped as they are: nothing is converted or copied, and the adapter trains on exactly the weights that are served",
+            ),
         ]),
         "none",
-        "How the matrices of linear layers are kept, all but those of experts, routers and the output head. They are quantised as they are loaded, one at a time, and multiplied in the type of `train.precision`. On a GPU they stay in host memory and are sent at each use, which saves nothing there yet.",
+        "How the matrices of linear layers are kept, all but those of experts, routers and the output head. But for `gguf` they are quantised as they are loaded, one at a time. They are multiplied in the type of `train.precision`. On a GPU they lie quantised in its memory and are dequantised tile by tile as they are multiplied; the blocks of `gguf` stay in the host's and are dequantised and sent at each use.",
     )
     .elsewhere(&["load_in_4bit", "load_in_8bit", "quantization_bit", "bnb_4bit_quant_type", "quantize"]),
+    Knob::new(
+        "base.cache_dir",
+        Kind::NewDirectory,
+        "null",
+        "Where matrices that lorafit quantised are kept, to be mapped by the next run; null means `lorafit` in the user's cache directory.",
+    ),
+    Knob::new(
+        "base.cache_limit",
+        Kind::Real(ZERO, With(1e6)),
+        "40",
+        "Most that is kept there, the least recently used going first; 0 keeps nothing.",
+    )
+    .counts("GiB"),
     // ---- data
     Knob::new(
         "data.train",

@@ -67,6 +67,10 @@ pub(super) const KNOBS: &[Knob] = &[
         Kind::Choice(&[
             ("adamw", "AdamW, as torch has it"),
             (
+                "adamw_8bit",
+                "the same with its moments in 8 bits (arXiv 2110.02861, bitsandbytes' blocks of 256 and code books): a quarter of the optimizer's memory, none of a GPU's, which sends gradients and weights through the host instead; tensors of fewer than 4096 numbers keep theirs in f32",
+            ),
+            (
                 "lora_fa",
                 "A of the adapters is frozen, B trains by a projected gradient (LoRA-FA, arXiv 2308.03303), as PEFT's `create_lorafa_optimizer` does it: half the optimizer's memory",
             ),
@@ -152,13 +156,16 @@ pub(super) const KNOBS: &[Knob] = &[
     Knob::new(
         "train.precision",
         Kind::Choice(&[
-            ("auto", "f32 where all weights train and on a GPU, else the base's own type"),
+            ("auto", "f32 where all weights train, else the base's own type"),
             ("f32", "32 bits; multiplied in f32"),
             (
                 "bf16",
-                "16 bits; multiplied in bf16 where the processor can (AVX512-BF16), in f32 elsewhere",
+                "16 bits; multiplied in bf16 where the processor (AVX512-BF16) or the GPU (tensor cores for bf16) can, in f32 elsewhere",
             ),
-            ("f16", "16 bits; multiplied in f32"),
+            (
+                "f16",
+                "16 bits; multiplied in f32; the loss is scaled, and steps whose gradients overflow are skipped, as by torch's GradScaler",
+            ),
         ]),
         "auto",
         "Type in which the frozen matrices of the base are kept. Sums, norms, routers and all that trains are f32 in any case, so bf16 and f16 cannot be combined with `adapter.method: full`.",
