@@ -229,28 +229,28 @@ impl Tracer<'_> {
         let bytes = self.floats(values);
         let out = self.tape.push(op, &[mixed], bytes);
         let normed = self.norm(&at("norm"), NormKind::Rms, out, values);
-        let gated = footprint::swiglu(&mut self.tape, self.facts.platform, [z, normed], bytes);
+        let gated = footprint::gated(&mut self.tape, [z, normed], bytes);
         self.linear(&at("out_proj"), gated, [d, values])
     }
 
     fn mlp(&mut self, path: &str, x: Value, width: usize) -> Value {
         let config = self.facts.config;
-        let (d, act) = (config.hidden_size, config.hidden_act);
+        let d = config.hidden_size;
         let at = |name: &str| format!("{path}.{name}");
         let (wide, down) = match config.family.mlp {
             MlpNames::Gated => {
                 let gate = self.linear(&at("gate_proj"), x, [width, d]);
                 let up = self.linear(&at("up_proj"), x, [width, d]);
-                (self.gated(gate, up, act, width), "down_proj")
+                (self.gated(gate, up, width), "down_proj")
             }
             MlpNames::Fused => {
                 let both = self.linear(&at("gate_up_proj"), x, [2 * width, d]);
                 let [gate, up] = [width; 2].map(|width| self.columns(both, width));
-                (self.gated(gate, up, act, width), "down_proj")
+                (self.gated(gate, up, width), "down_proj")
             }
             MlpNames::Plain { up, down } => {
                 let up = self.linear(&at(up), x, [width, d]);
-                (self.activate(up, act, width), down)
+                (self.activate(up, width), down)
             }
         };
         self.linear(&at(down), wide, [d, width])
@@ -275,18 +275,12 @@ impl Tracer<'_> {
         let rows = self.tape.push(Op::new(), &[x], bytes);
         self.rows = tokens * k;
         let wide = self.expert_linear(&format!("{path}.experts.gate_up_proj"), rows, 2 * width, d);
-        let [gate, up] = [width; 2].map(|width| self.columns(wide, width));
         let hidden = match moe.gate {
-            ExpertGate::Halves(act) => self.gated(gate, up, act, width),
-            ExpertGate::Clamped { .. } => {
-                let gate = self.unary(gate, width, [true, false]);
-                let up = self.unary(up, width, [true, false]);
-                let scaled = self.unary(gate, width, [false; 2]);
-                let sigmoid = self.unary(scaled, width, [false, true]);
-                let up = self.unary(up, width, [false; 2]);
-                let product = self.mul(up, gate, width);
-                self.mul(product, sigmoid, width)
+            ExpertGate::Halves(_) => {
+                let [gate, up] = [width; 2].map(|width| self.columns(wide, width));
+                self.gated(gate, up, width)
             }
+            ExpertGate::Clamped(_) => self.activate(wide, width),
         };
         let y = self.expert_linear(&format!("{path}.experts.down_proj"), hidden, d, width);
         let y = self.copy(&[y], d);

@@ -23,7 +23,6 @@ const PACKED: u64 = 4 << 20;
 pub(super) enum Kernel {
     RmsNorm,
     Rope,
-    Swiglu,
     Attention,
     Linear,
     CrossEntropy,
@@ -33,7 +32,6 @@ pub(super) enum Kernel {
 const ON_GPU: &[Kernel] = &[
     Kernel::RmsNorm,
     Kernel::Rope,
-    Kernel::Swiglu,
     Kernel::Attention,
     Kernel::Linear,
     Kernel::CrossEntropy,
@@ -137,25 +135,35 @@ pub(super) fn rope(tape: &mut Tape, x: Value, bytes: u64) -> Value {
     tape.push(op, &[x], bytes)
 }
 
-/// `silu(gate) · up`: keeps both. Plain operations keep the sigmoid and the activation, too.
-pub(super) fn swiglu(
-    tape: &mut Tape,
-    platform: Platform,
-    [gate, up]: [Value; 2],
-    bytes: u64,
-) -> Value {
+/// `act(gate) · up`: keeps both.
+pub(super) fn gated(tape: &mut Tape, [gate, up]: [Value; 2], bytes: u64) -> Value {
     let copies = tape.copies(&[gate, up]);
     let op = Op {
         saved: vec![gate, up],
-        kept: if platform.is_fused(Kernel::Swiglu) {
-            0
-        } else {
-            2 * bytes
-        },
         workspace: [copies, copies],
         ..Op::new()
     };
     tape.push(op, &[gate, up], bytes)
+}
+
+/// An activation, or gpt-oss's gate of pairs: keeps its input.
+pub(super) fn activate(tape: &mut Tape, x: Value, bytes: u64) -> Value {
+    let copies = tape.copies(&[x]);
+    let op = Op {
+        saved: vec![x],
+        workspace: [copies, copies],
+        ..Op::new()
+    };
+    tape.push(op, &[x], bytes)
+}
+
+/// Dropout: keeps nothing, since the mask is drawn again.
+pub(super) fn dropout(tape: &mut Tape, x: Value, bytes: u64) -> Value {
+    let op = Op {
+        workspace: [tape.copies(&[x]), 0],
+        ..Op::new()
+    };
+    tape.push(op, &[x], bytes)
 }
 
 /// What attention works on, in bytes.

@@ -6,7 +6,6 @@ use super::kernels::{self as footprint, F32, Platform};
 use super::tape::{Back, Op, Tape, Value};
 use crate::adapter::config::AdapterConfig;
 use crate::adapter::outline::Outline;
-use crate::kernels::Activation;
 use crate::model::config::ModelConfig;
 use crate::model::kept::Form;
 use crate::model::weights::Dtype;
@@ -212,9 +211,8 @@ impl<'a> Tracer<'a> {
                 false => y,
             };
         }
-        let mask = self.floats(input);
-        let mask = self.tape.constant(mask);
-        let dropped = self.mul(x, mask, input);
+        let dropped = self.floats(input);
+        let dropped = footprint::dropout(&mut self.tape, x, dropped);
         let bytes = self.floats(out);
         if self.facts.dora() {
             let plain = self.add(x, dropped, input);
@@ -253,38 +251,14 @@ impl<'a> Tracer<'a> {
     }
 
     /// `act(gate) · up`
-    pub fn gated(&mut self, gate: Value, up: Value, by: Activation, width: usize) -> Value {
-        let (platform, bytes) = (self.facts.platform, self.floats(width));
-        match by {
-            Activation::Silu => footprint::swiglu(&mut self.tape, platform, [gate, up], bytes),
-            _ => {
-                let gate = self.activate(gate, by, width);
-                self.mul(gate, up, width)
-            }
-        }
+    pub fn gated(&mut self, gate: Value, up: Value, width: usize) -> Value {
+        let bytes = self.floats(width);
+        footprint::gated(&mut self.tape, [gate, up], bytes)
     }
 
-    /// An activation from plain operations.
-    pub fn activate(&mut self, x: Value, by: Activation, width: usize) -> Value {
-        match by {
-            Activation::GeluTanh => {
-                let square = self.mul(x, x, width);
-                let cube = self.mul(square, x, width);
-                let cube = self.unary(cube, width, [false; 2]);
-                let inner = self.add(x, cube, width);
-                let inner = self.unary(inner, width, [false; 2]);
-                let tanh = self.unary(inner, width, [false, true]);
-                let shifted = self.unary(tanh, width, [false; 2]);
-                let y = self.mul(x, shifted, width);
-                self.unary(y, width, [false; 2])
-            }
-            Activation::Relu2 => {
-                let y = self.unary(x, width, [false, true]);
-                self.unary(y, width, [true, false])
-            }
-            Activation::Relu => self.unary(x, width, [false, true]),
-            // The sigmoid or the distribution function is computed again.
-            Activation::Silu | Activation::Gelu => self.unary(x, width, [true, false]),
-        }
+    /// An activation.
+    pub fn activate(&mut self, x: Value, width: usize) -> Value {
+        let bytes = self.floats(width);
+        footprint::activate(&mut self.tape, x, bytes)
     }
 }
