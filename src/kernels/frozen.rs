@@ -46,7 +46,7 @@ const FEWEST_ROWS: usize = 128;
 /// Whether products with a bf16 matrix are computed in bf16 here.
 pub fn has_bf16_products() -> bool {
     #[cfg(target_arch = "x86_64")]
-    return gemm16::is_available();
+    return gemm16::pays();
     #[cfg(not(target_arch = "x86_64"))]
     return false;
 }
