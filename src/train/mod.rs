@@ -1,9 +1,10 @@
 //! Batches become losses, gradients, optimizer steps and run states.
 //!
-//! [`trainer`] holds the loop. One turn of it: [`step`] computes gradients over the micro-batches,
-//! each by way of [`recompute`], [`loss_scale`] keeps f16 from overflowing, [`schedule`] gives the learning rate, [`optimizer`] moves the weights, [`moments`] those of one tensor, [`run_state`] saves all
-//! that is needed to go on. [`run_dir`] lays out what a run leaves behind; [`event`] is what it
-//! reports meanwhile.
+//! [`trainer`] holds the loop. One turn of it: [`step`] computes gradients over the micro-batches, each
+//! by way of [`recompute`], [`loss_scale`] keeps f16 from overflowing, [`schedule`] gives the learning
+//! rate, [`optimizer`] moves the weights, [`moments`] holds what it remembers of each, [`run_state`] saves
+//! all that is needed to go on. [`run_dir`] lays out what a run leaves behind; [`event`] is what it reports
+//! meanwhile.
 
 pub mod choice;
 pub mod event;
