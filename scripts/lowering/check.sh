@@ -14,10 +14,18 @@ venv=$CARGO_TARGET_DIR/nvrtc
 cargo run --release --quiet --manifest-path "$here/Cargo.toml" -- "$folder"
 if [[ ! -x $venv/bin/python ]]; then
     python3 -m venv "$venv"
-    "$venv/bin/pip" install --quiet "nvidia-cuda-nvrtc==13.*" "nvidia-cuda-runtime==13.*" "nvidia-cuda-cccl==13.*"
+    "$venv/bin/pip" install --quiet "nvidia-cuda-nvrtc==13.*" "nvidia-cuda-runtime==13.*" "nvidia-cuda-cccl==13.*" "nvidia-cuda-crt==13.*"
 fi
-"$venv/bin/python" "$here/nvrtc.py" "$folder"
+wrong=0
+"$venv/bin/python" "$here/nvrtc.py" "$folder" || wrong=1
 for module in "$folder"/*.spv; do
-    spirv-val --target-env vulkan1.3 "$module"
-    echo "$(basename "$module") is valid"
+    if said=$(spirv-val --target-env vulkan1.3 "$module" 2>&1); then
+        echo "$(basename "$module") is valid"
+    elif [[ $said == *"capability operand: 5116"* ]]; then
+        echo "$(basename "$module") was not checked: this spirv-val does not know SPV_KHR_bfloat16"
+    else
+        echo "$(basename "$module") is NOT valid: $said"
+        wrong=1
+    fi
 done
+exit $wrong

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Compiles lowered kernels with NVRTC and prints a table: registers, spills, shared memory, mma.
 
-    pip install nvidia-cuda-nvrtc nvidia-cuda-runtime nvidia-cuda-cccl
+    pip install nvidia-cuda-nvrtc nvidia-cuda-runtime nvidia-cuda-cccl nvidia-cuda-crt
     python nvrtc.py DIR [--markdown]
 
 `DIR` holds `NAME.sm_ARCH.cu` (see src/main.rs) and `tensor_cores.txt`, the names of the kernels that
@@ -43,7 +43,7 @@ class Nvrtc:
         failed = self.lib.nvrtcCompileProgram(program, len(options), array)
         log = self.text(program, "ProgramLog")
         if failed:
-            raise RuntimeError(log[:2000])
+            raise RuntimeError(log.splitlines()[0] if log else failed)
         ptx = self.text(program, "PTX")
         self.lib.nvrtcDestroyProgram(ctypes.byref(program))
         return ptx, log
@@ -58,7 +58,8 @@ def row(nvrtc, path, on_tensor_cores):
     name, architecture = re.fullmatch(r"(.*)\.(sm_\d+)", path.stem).groups()
     # The runtime asks for the architecture's own features from Hopper on.
     exact = architecture + ("a" if int(architecture[3:]) >= 90 else "")
-    ptx, log = nvrtc.compile(path.read_text(), exact)
+    source = path.read_text()
+    ptx, log = nvrtc.compile(source, exact)
     mma = len(re.findall(r"\b(?:wmma\.mma|mma\.sync|wgmma)", ptx))
     spills = number(r"(\d+) bytes spill stores", log) + number(r"(\d+) bytes spill loads", log)
     faults = []
@@ -66,7 +67,7 @@ def row(nvrtc, path, on_tensor_cores):
         faults.append("spills")
     if name in on_tensor_cores and not mma:
         faults.append("no mma")
-    cells = [name, architecture, number(r"Used (\d+) registers", log), spills, number(r"(\d+) bytes smem", log), mma]
+    cells = [name, architecture, number(r"Used (\d+) registers", log), spills, number(r"shared memory: (\d+) bytes", source), mma]
     return cells, faults
 
 

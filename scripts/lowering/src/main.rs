@@ -73,7 +73,10 @@ fn cuda(folder: &Path, name: &str, kernel: &dyn CubeKernel, architecture: u32) {
     let lowered = CppCompiler::<Cuda>::default().compile(definition(kernel), &options);
     let lowered = lowered.unwrap_or_else(|error| panic!("{name}: {error:?}"));
     let path = folder.join(format!("{name}.sm_{architecture}.cu"));
-    fs::write(path, &lowered.source).expect("the file can be written");
+    // Asked for at launch, so that NVRTC does not see it.
+    let shared = lowered.shared_memory_size;
+    let source = format!("// shared memory: {shared} bytes\n{}", lowered.source);
+    fs::write(path, source).expect("the file can be written");
 }
 
 /// With explicit workgroup memory, as real cards have it.
