@@ -23,10 +23,8 @@ pub fn ensure(
     renderer: &mut Renderer,
 ) -> anyhow::Result<u64> {
     let planner = Planner::of_run(run, platform(&device.device));
-    let plan = planner.plan(&run.plan).map_err(|f| Usage(f.join("\n")))?;
-    let room = args.memory.vram.or_else(|| room::of(&device.device));
+    let (plan, room) = shown(&planner, run, (device, args.memory.vram), renderer)?;
     let needed = plan.needed();
-    show(&plan, room, device, renderer);
     match room {
         Some(room) if needed > room && !args.force => {
             let reload = |more: &[String]| {
@@ -57,14 +55,19 @@ pub fn check(
     renderer: &mut Renderer,
 ) -> anyhow::Result<()> {
     let planner = Planner::of_run(run, platform(&device.device));
-    let plan = planner.plan(&run.plan).map_err(|f| Usage(f.join("\n")))?;
-    let room = vram.or_else(|| room::of(&device.device));
-    show(&plan, room, device, renderer);
+    shown(&planner, run, (device, vram), renderer)?;
     Ok(())
 }
 
-/// One line of the plan.
-fn show(plan: &MemoryPlan, room: Option<u64>, device: &Available, renderer: &mut Renderer) {
+/// The plan of a run and the memory that there is, after one line about both.
+fn shown(
+    planner: &Planner,
+    run: &Prepared,
+    (device, vram): (&Available, Option<u64>),
+    renderer: &mut Renderer,
+) -> Result<(MemoryPlan, Option<u64>), Usage> {
+    let plan = planner.plan(&run.plan).map_err(|f| Usage(f.join("\n")))?;
+    let room = vram.or_else(|| room::of(&device.device));
     let peak = plan.peak();
     let event = json!({
         "event": "memory",
@@ -73,8 +76,9 @@ fn show(plan: &MemoryPlan, room: Option<u64>, device: &Available, renderer: &mut
         "host_bytes": plan.on_host,
         "available_bytes": room,
     });
-    let line = verdict(plan, room, &device.spec.to_string());
+    let line = verdict(&plan, room, &device.spec.to_string());
     renderer.facts(&event, &[("memory", line)]);
+    Ok((plan, room))
 }
 
 /// What a run that does not fit is told.

@@ -2,7 +2,8 @@
 //! arithmetic on every device, a fused CPU kernel, and its backward.
 //!
 //! A public function such as [`rms_norm()`] takes the fused kernel where the device has one (the CPU,
-//! and GPUs for what stands in `cube`) and the reference everywhere else. Both are tested against each other, forward and gradients.
+//! and GPUs for what stands in `cube`) and the reference everywhere else. Both are tested against each
+//! other, forward and gradients.
 //! [`delta_rule()`] and [`causal_conv()`] have no fused kernel: they are plain operations everywhere.
 //! All of them store and compute in f32, but for frozen weights, which may be kept in 16 bits or
 //! quantised: kernels read those as they are (see `frozen` for the CPU's), plain operations convert them
