@@ -6,7 +6,7 @@ use std::f32::consts::FRAC_1_SQRT_2;
 use burn_cubecl::tensor::CubeTensor;
 use cubecl::prelude::*;
 
-use super::{UNITS, contiguous, cubes, dims, empty, vector_size};
+use super::{UNITS, contiguous, dims, empty, unit_for_each, vector_size};
 use crate::kernels::activation::{Activation, CUBE, ROOT};
 
 /// An activation's value and slope.
@@ -125,7 +125,7 @@ pub(super) fn activate(x: CubeTensor, by: Activation) -> CubeTensor {
     unsafe {
         activate_kernel::launch_unchecked(
             &client,
-            cubes(count.div_ceil(UNITS as usize)),
+            unit_for_each(count),
             CubeDim::new_1d(UNITS),
             size,
             x.into_buffer_arg(),
@@ -148,7 +148,7 @@ pub(super) fn activate_backward(x: CubeTensor, grad: CubeTensor, by: Activation)
     unsafe {
         activate_backward_kernel::launch_unchecked(
             &client,
-            cubes(count.div_ceil(UNITS as usize)),
+            unit_for_each(count),
             CubeDim::new_1d(UNITS),
             size,
             x.into_buffer_arg(),
@@ -172,7 +172,7 @@ pub(super) fn gate(gate: CubeTensor, up: CubeTensor, by: Activation) -> CubeTens
     unsafe {
         gate_kernel::launch_unchecked(
             &client,
-            cubes(count.div_ceil(UNITS as usize)),
+            unit_for_each(count),
             CubeDim::new_1d(UNITS),
             size,
             gate.into_buffer_arg(),
@@ -201,7 +201,7 @@ pub(super) fn gate_backward(
     unsafe {
         gate_backward_kernel::launch_unchecked(
             &client,
-            cubes(count.div_ceil(UNITS as usize)),
+            unit_for_each(count),
             CubeDim::new_1d(UNITS),
             size,
             gate.into_buffer_arg(),
@@ -223,7 +223,7 @@ pub(super) fn samples(to: &super::lowering::Target) -> Vec<super::lowering::Samp
     let count = 1024 * 2048;
     let matrix = || (to.buffer)(4 * count);
     let (properties, target) = (|| to.properties.clone(), || to.target.clone());
-    let (grid, units) = (cubes(count / UNITS as usize), CubeDim::new_1d(UNITS));
+    let (grid, units) = (unit_for_each(count), CubeDim::new_1d(UNITS));
     let mut samples = Vec::new();
     for by in [Activation::Silu, Activation::Gelu, Activation::GeluTanh] {
         let kernel = gate_kernel::create_dummy_kernel(
@@ -265,7 +265,7 @@ fn alone_samples(to: &super::lowering::Target) -> [super::lowering::Sample; 2] {
     let count = 1024 * 2048;
     let matrix = || (to.buffer)(4 * count);
     let (properties, target) = (|| to.properties.clone(), || to.target.clone());
-    let (grid, units) = (cubes(count / UNITS as usize), CubeDim::new_1d(UNITS));
+    let (grid, units) = (unit_for_each(count), CubeDim::new_1d(UNITS));
     let by = Activation::Relu2;
     let kernel = activate_kernel::create_dummy_kernel(
         properties(),

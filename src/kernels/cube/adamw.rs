@@ -3,7 +3,7 @@
 use burn_cubecl::tensor::CubeTensor;
 use cubecl::prelude::*;
 
-use super::{UNITS, contiguous, cubes, empty, vector_size};
+use super::{UNITS, contiguous, empty, unit_for_each, vector_size};
 use crate::kernels::adamw::AdamwStep;
 
 #[cube(launch_unchecked, create_dummy_kernel)]
@@ -54,7 +54,7 @@ pub(super) fn forward(
     unsafe {
         step_kernel::launch_unchecked(
             &client,
-            cubes(count.div_ceil(UNITS as usize)),
+            unit_for_each(count),
             CubeDim::new_1d(UNITS),
             size,
             weight.into_buffer_arg(),
@@ -90,7 +90,7 @@ pub(super) fn samples(to: &super::lowering::Target) -> Vec<super::lowering::Samp
     let kernel = step_kernel::create_dummy_kernel(
         to.properties.clone(),
         to.target.clone(),
-        cubes(count / UNITS as usize),
+        unit_for_each(count),
         CubeDim::new_1d(UNITS),
         4,
         vector(),

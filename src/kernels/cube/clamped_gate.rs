@@ -3,7 +3,7 @@
 use burn_cubecl::tensor::CubeTensor;
 use cubecl::prelude::*;
 
-use super::{UNITS, contiguous, cubes, dims, empty};
+use super::{UNITS, contiguous, dims, empty, unit_for_each};
 use crate::kernels::clamped_gate::ClampedGate;
 
 /// `sigmoid(x)`
@@ -57,7 +57,7 @@ pub(super) fn forward(pairs: CubeTensor, by: ClampedGate) -> CubeTensor {
     unsafe {
         forward_kernel::launch_unchecked(
             &client,
-            cubes(count.div_ceil(UNITS as usize)),
+            unit_for_each(count),
             CubeDim::new_1d(UNITS),
             pairs.into_buffer_arg(),
             y.clone().into_buffer_arg(),
@@ -79,7 +79,7 @@ pub(super) fn backward(pairs: CubeTensor, grad: CubeTensor, by: ClampedGate) -> 
     unsafe {
         backward_kernel::launch_unchecked(
             &client,
-            cubes(count.div_ceil(UNITS as usize)),
+            unit_for_each(count),
             CubeDim::new_1d(UNITS),
             pairs.into_buffer_arg(),
             grad.into_buffer_arg(),
@@ -98,7 +98,7 @@ pub(super) fn samples(to: &super::lowering::Target) -> Vec<super::lowering::Samp
     let count = 1024 * 2048;
     let (single, double) = (|| (to.buffer)(count), || (to.buffer)(2 * count));
     let (properties, target) = (|| to.properties.clone(), || to.target.clone());
-    let (grid, units) = (cubes(count / UNITS as usize), CubeDim::new_1d(UNITS));
+    let (grid, units) = (unit_for_each(count), CubeDim::new_1d(UNITS));
     let forward = forward_kernel::create_dummy_kernel(
         properties(),
         target(),

@@ -4,7 +4,7 @@
 use burn_cubecl::tensor::CubeTensor;
 use cubecl::prelude::*;
 
-use super::{UNITS, contiguous, cubes, dims, empty};
+use super::{UNITS, contiguous, dims, empty, unit_for_each};
 use crate::kernels::dropout::DropMask;
 use crate::random::{FACTORS, GOLDEN_GAMMA};
 
@@ -69,7 +69,7 @@ pub(super) fn forward(x: CubeTensor, mask: DropMask) -> CubeTensor {
     unsafe {
         dropout_kernel::launch_unchecked(
             &client,
-            cubes(count.div_ceil(UNITS as usize)),
+            unit_for_each(count),
             CubeDim::new_1d(UNITS),
             x.into_buffer_arg(),
             y.clone().into_buffer_arg(),
@@ -90,7 +90,7 @@ pub(super) fn samples(to: &super::lowering::Target) -> Vec<super::lowering::Samp
     let kernel = dropout_kernel::create_dummy_kernel(
         to.properties.clone(),
         to.target.clone(),
-        cubes(count / UNITS as usize),
+        unit_for_each(count),
         CubeDim::new_1d(UNITS),
         (to.buffer)(count),
         (to.buffer)(count),

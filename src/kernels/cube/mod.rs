@@ -51,6 +51,12 @@ fn cubes(count: usize) -> CubeCount {
     CubeCount::Static(wide, count.div_ceil(wide).max(1), 1)
 }
 
+/// Cubes of [`UNITS`] with a unit for each of `count` items; `ABSOLUTE_POS` counts them, and may run past
+/// the last.
+fn unit_for_each(count: usize) -> CubeCount {
+    cubes(count.div_ceil(UNITS as usize))
+}
+
 /// How many of `elements` a unit takes at once, 16 bytes at most: as many as divide them.
 fn vector_size(elements: usize) -> usize {
     if elements.is_multiple_of(4) { 4 } else { 1 }

@@ -4,7 +4,7 @@
 use burn_cubecl::tensor::CubeTensor;
 use cubecl::prelude::*;
 
-use super::{UNITS, contiguous, cubes, dims, empty, vector_size};
+use super::{UNITS, contiguous, dims, empty, unit_for_each, vector_size};
 use crate::kernels::rope::RopeLayout;
 
 /// Sizes and places count vectors of N columns; with `interleaved` N must be 1.
@@ -74,7 +74,7 @@ pub(super) fn rotate(
     unsafe {
         rotate_kernel::launch_unchecked(
             &client,
-            cubes(count.div_ceil(UNITS as usize)),
+            unit_for_each(count),
             CubeDim::new_1d(UNITS),
             size,
             x.into_buffer_arg(),
@@ -101,7 +101,7 @@ pub(super) fn samples(to: &super::lowering::Target) -> Vec<super::lowering::Samp
         let kernel = rotate_kernel::create_dummy_kernel(
             to.properties.clone(),
             to.target.clone(),
-            cubes(count / UNITS as usize),
+            unit_for_each(count),
             CubeDim::new_1d(UNITS),
             size,
             (to.buffer)(n * heads * head_dim),
