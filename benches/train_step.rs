@@ -20,9 +20,14 @@ use lorafit::model::weights::Weights;
 use lorafit::model::{CausalLm, Keep, Storage, names};
 use lorafit::random::Stream;
 use lorafit::recipe::Quantization;
+use lorafit::train::heap::Counting;
 use lorafit::train::optimizer::{AdamW, AdamWConfig};
 use lorafit::train::recompute::Retain;
 use lorafit::train::{memory, step};
+
+/// As in the binary.
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
 
 #[derive(Parser)]
 struct Args {

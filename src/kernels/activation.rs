@@ -156,7 +156,7 @@ const TASK: usize = 16 * 1024;
 pub(super) fn forward(x: FlexTensor, by: Activation) -> FlexTensor {
     let x = flex::contiguous(x);
     let [n, f] = x.layout().shape().dims();
-    let mut out = vec![0f32; n * f];
+    let mut out = flex::unset(n * f);
     let tasks = out
         .par_chunks_mut(TASK)
         .zip(flex::elements(&x).par_chunks(TASK));
@@ -177,7 +177,7 @@ pub(super) fn forward(x: FlexTensor, by: Activation) -> FlexTensor {
 pub(super) fn backward(x: FlexTensor, grad: FlexTensor, by: Activation) -> FlexTensor {
     let (x, grad) = (flex::contiguous(x), flex::contiguous(grad));
     let [n, f] = x.layout().shape().dims();
-    let mut dx = vec![0f32; n * f];
+    let mut dx = flex::unset(n * f);
     let tasks = dx
         .par_chunks_mut(TASK)
         .zip(flex::elements(&x).par_chunks(TASK))

@@ -76,7 +76,7 @@ impl ClampedGate {
 pub(super) fn forward(pairs: FlexTensor, by: ClampedGate) -> FlexTensor {
     let pairs = flex::contiguous(pairs);
     let [n, width] = pairs.layout().shape().dims();
-    let mut out = vec![0f32; n * width / 2];
+    let mut out = flex::unset(n * width / 2);
     out.par_chunks_mut(TASK)
         .zip(flex::elements(&pairs).par_chunks(2 * TASK))
         .for_each(|(out, pairs)| {
@@ -97,7 +97,7 @@ pub(super) fn forward(pairs: FlexTensor, by: ClampedGate) -> FlexTensor {
 pub(super) fn backward(pairs: FlexTensor, grad: FlexTensor, by: ClampedGate) -> FlexTensor {
     let (pairs, grad) = (flex::contiguous(pairs), flex::contiguous(grad));
     let [n, width] = pairs.layout().shape().dims();
-    let mut out = vec![0f32; n * width];
+    let mut out = flex::unset(n * width);
     out.par_chunks_mut(2 * TASK)
         .zip(flex::elements(&pairs).par_chunks(2 * TASK))
         .zip(flex::elements(&grad).par_chunks(TASK))

@@ -78,7 +78,7 @@ pub(super) fn forward(x: FlexTensor, mask: DropMask) -> FlexTensor {
     let x = flex::contiguous(x);
     let [n, d] = x.layout().shape().dims();
     let (stream, limit, scale) = (mask.stream, mask.limit(), mask.scale());
-    let mut out = vec![0f32; n * d];
+    let mut out = flex::unset(n * d);
     out.par_chunks_mut(TASK)
         .zip(flex::elements(&x).par_chunks(TASK))
         .enumerate()

@@ -39,6 +39,16 @@ pub(super) fn tensor<const D: usize>(values: Vec<f32>, shape: [usize; D]) -> Fle
     FlexTensor::from_data(TensorData::new(values, shape))
 }
 
+/// Elements that are all going to be set: of any value, as clearing large blocks takes as long as filling
+/// them. No caller reads one that it did not write. Any bits must be a T.
+#[expect(clippy::uninit_vec, reason = "see above: written before they are read")]
+pub(super) fn unset<T: Copy>(count: usize) -> Vec<T> {
+    let mut values = Vec::with_capacity(count);
+    // SAFETY: there is room for as many; their content is not looked at before it is written.
+    unsafe { values.set_len(count) };
+    values
+}
+
 /// A matrix view: element (i, j) is `data[i * row_stride + j * col_stride]`.
 #[derive(Clone, Copy)]
 pub(super) struct Matrix<'a> {
@@ -70,6 +80,17 @@ impl<'a> Matrix<'a> {
     /// Its number of rows.
     pub(super) fn rows(self) -> usize {
         self.rows
+    }
+
+    /// Its number of columns.
+    pub(super) fn cols(self) -> usize {
+        self.cols
+    }
+
+    /// Its elements, of a matrix that is row-major.
+    pub(super) fn data(self) -> &'a [f32] {
+        debug_assert!(self.row_stride == self.cols && self.col_stride == 1);
+        &self.data[..self.rows * self.cols]
     }
 
     /// Whether it has no elements.
@@ -180,6 +201,11 @@ unsafe impl Sync for Shared {}
 impl Shared {
     pub(super) fn new(values: &mut [f32]) -> Self {
         Self(values.as_mut_ptr())
+    }
+
+    /// Of what nothing is written to.
+    pub(super) fn reading(values: &[f32]) -> Self {
+        Self(values.as_ptr().cast_mut())
     }
 
     /// # Safety

@@ -3,7 +3,7 @@
 //!
 //! # Dtypes
 //! f32 is multiplied in f32. bf16 is multiplied in bf16 with f32 sums where the processor can
-//! (`gemm16` states the error). Otherwise, and for f16, blocks of rows that fit the cache are
+//! (`matmul` states the error). Otherwise, and for f16, blocks of rows that fit the cache are
 //! converted to f32, exactly, and multiplied in f32: the numbers of f32 storage, in half its memory.
 //! Quantised matrices take the same way; where they may be multiplied in bf16 and the processor can,
 //! their blocks are rounded to bf16 first.
@@ -15,7 +15,7 @@ use rayon::prelude::*;
 
 use super::flex::{self, ALL_THREADS, Matrix, Store};
 #[cfg(target_arch = "x86_64")]
-use super::gemm16;
+use super::matmul::{self, Product, Rows, Side, Term, delta};
 use super::{QuantWeight, Quantised};
 
 /// A matrix `[rows, cols]`, row by row.
@@ -35,6 +35,17 @@ enum Elements<'a> {
     Quantised(&'a QuantWeight, usize),
 }
 
+/// What is added to a matrix: `s B A`.
+#[derive(Clone, Copy)]
+pub(super) struct Delta<'a> {
+    /// A, `[R, cols]`
+    pub(super) a: Matrix<'a>,
+    /// B, `[rows, R]`
+    pub(super) b: Matrix<'a>,
+    /// s
+    pub(super) scaling: f32,
+}
+
 /// Elements converted at once: 1 MiB of f32.
 const BLOCK: usize = 1 << 18;
 /// Elements that one task converts.
@@ -46,7 +57,7 @@ const FEWEST_ROWS: usize = 128;
 /// Whether products with a bf16 matrix are computed in bf16 here.
 pub fn has_bf16_products() -> bool {
     #[cfg(target_arch = "x86_64")]
-    return gemm16::pays();
+    return matmul::unit().is_some();
     #[cfg(not(target_arch = "x86_64"))]
     return false;
 }
@@ -114,44 +125,15 @@ impl<'a> Frozen<'a> {
             return dst.fill(0.0);
         }
         let m = dst.len() / self.rows;
-        let x_matrix = Matrix::new(x, m, self.cols);
-        match self.elements {
-            Elements::F32(w) => {
-                let w = Matrix::new(w, self.rows, self.cols);
-                flex::matmul(
-                    dst,
-                    self.rows,
-                    Store::Set,
-                    1.0,
-                    (x_matrix, w.t()),
-                    ALL_THREADS,
-                );
-            }
-            #[cfg(target_arch = "x86_64")]
-            Elements::Bf16(w) if has_bf16_products() => {
-                let shape = ([self.rows, self.cols], m);
-                gemm16::multiply(dst, x, w, shape, gemm16::Side::Transposed);
-            }
-            #[cfg(target_arch = "x86_64")]
-            Elements::Quantised(weight, _) if weight.in_bf16 && has_bf16_products() => {
-                self.blocks_in_bf16(|first, w, shape| {
-                    let (strides, side) = ([self.cols, self.rows], gemm16::Side::Transposed);
-                    let both = (&mut dst[first..], x);
-                    gemm16::multiply_part(both, strides, Store::Set, w, (shape, m), side);
-                });
-            }
-            _ => self.blocks(|first, w| {
-                let dst = &mut dst[first..];
-                flex::matmul(
-                    dst,
-                    self.rows,
-                    Store::Set,
-                    1.0,
-                    (x_matrix, w.t()),
-                    ALL_THREADS,
-                );
-            }),
+        #[cfg(target_arch = "x86_64")]
+        if self.is_bf16() {
+            return self.forward_in_bf16(dst, x);
         }
+        let x = Matrix::new(x, m, self.cols);
+        self.blocks(|first, w| {
+            let dst = &mut dst[first..];
+            flex::matmul(dst, self.rows, Store::Set, 1.0, (x, w.t()), ALL_THREADS);
+        });
     }
 
     /// `dst = g W`
@@ -163,39 +145,145 @@ impl<'a> Frozen<'a> {
             return dst.fill(0.0);
         }
         let m = g.len() / self.rows;
-        match self.elements {
-            Elements::F32(w) => {
-                let factors = (
-                    Matrix::new(g, m, self.rows),
-                    Matrix::new(w, self.rows, self.cols),
-                );
-                flex::matmul(dst, self.cols, Store::Set, 1.0, factors, ALL_THREADS);
-            }
-            #[cfg(target_arch = "x86_64")]
-            Elements::Bf16(w) if has_bf16_products() => {
-                let shape = ([self.rows, self.cols], m);
-                gemm16::multiply(dst, g, w, shape, gemm16::Side::Plain);
-            }
-            _ if m == 0 => {}
-            #[cfg(target_arch = "x86_64")]
-            Elements::Quantised(weight, _) if weight.in_bf16 && has_bf16_products() => {
-                self.blocks_in_bf16(|first, w, shape| {
-                    let store = if first == 0 { Store::Set } else { Store::Add };
-                    let (strides, side) = ([self.rows, self.cols], gemm16::Side::Plain);
-                    let both = (&mut *dst, &g[first..]);
-                    gemm16::multiply_part(both, strides, store, w, (shape, m), side);
-                });
-            }
-            _ => self.blocks(|first, w| {
-                let store = if first == 0 { Store::Set } else { Store::Add };
-                let g = Matrix::strided(&g[first..], m, w.rows(), self.rows);
-                flex::matmul(dst, self.cols, store, 1.0, (g, w), ALL_THREADS);
-            }),
+        #[cfg(target_arch = "x86_64")]
+        if self.is_bf16() {
+            return self.backward_in_bf16(dst, g);
         }
+        if m == 0 {
+            return;
+        }
+        self.blocks(|first, w| {
+            let store = if first == 0 { Store::Set } else { Store::Add };
+            let g = Matrix::strided(&g[first..], m, w.rows(), self.rows);
+            flex::matmul(dst, self.cols, store, 1.0, (g, w), ALL_THREADS);
+        });
+    }
+
+    /// `dst = x Wᵀ + s low Bᵀ`, where `low = x Aᵀ` is an output too.
+    ///
+    /// # Shapes
+    /// x `[m, cols]` → `[m, rows]`, `[m, R]`
+    pub(super) fn forward_adapted(
+        self,
+        (dst, low): (&mut [f32], &mut [f32]),
+        x: &[f32],
+        Delta { a, b, scaling }: Delta,
+    ) {
+        let m = x.len() / self.cols.max(1);
+        let rank = a.rows();
+        #[cfg(target_arch = "x86_64")]
+        if let Some(matrix) = self.in_bf16_beside([a, b]) {
+            let adapted = delta::Adapted {
+                narrow: a,
+                wide: b,
+                scales: [1.0, scaling],
+                side: Side::Transposed,
+            };
+            return adapted.multiply(low, x, Some((dst, matrix)));
+        }
+        self.forward(dst, x);
+        let x = Matrix::new(x, m, self.cols);
+        flex::matmul(low, rank, Store::Set, 1.0, (x, a.t()), ALL_THREADS);
+        let low = Matrix::new(low, m, rank);
+        flex::matmul(
+            dst,
+            self.rows,
+            Store::Add,
+            scaling,
+            (low, b.t()),
+            ALL_THREADS,
+        );
+    }
+
+    /// `dst = g W + low A`, where that is wanted and `low = s g B` is an output too.
+    ///
+    /// # Shapes
+    /// g `[m, rows]` → `[m, cols]`, `[m, R]`
+    pub(super) fn backward_adapted(
+        self,
+        (dst, low): (Option<&mut [f32]>, &mut [f32]),
+        g: &[f32],
+        Delta { a, b, scaling }: Delta,
+    ) {
+        let m = g.len() / self.rows.max(1);
+        let rank = a.rows();
+        #[cfg(target_arch = "x86_64")]
+        if let Some(matrix) = self.in_bf16_beside([a, b]) {
+            let adapted = delta::Adapted {
+                narrow: b,
+                wide: a,
+                scales: [scaling, 1.0],
+                side: Side::Plain,
+            };
+            return adapted.multiply(low, g, dst.map(|dst| (dst, matrix)));
+        }
+        let g_matrix = Matrix::new(g, m, self.rows);
+        flex::matmul(low, rank, Store::Set, scaling, (g_matrix, b), ALL_THREADS);
+        if let Some(dst) = dst {
+            self.backward(dst, g);
+            let low = Matrix::new(low, m, rank);
+            flex::matmul(dst, self.cols, Store::Add, 1.0, (low, a), ALL_THREADS);
+        }
+    }
+
+    /// Whether this matrix is multiplied in bf16 here.
+    #[cfg(target_arch = "x86_64")]
+    fn is_bf16(self) -> bool {
+        has_bf16_products()
+            && match self.elements {
+                Elements::Bf16(_) => true,
+                Elements::Quantised(weight, _) => weight.in_bf16,
+                Elements::F32(_) | Elements::F16(_) => false,
+            }
+    }
+
+    /// The matrix where it is kept in bf16 and multiplied together with these factors of a delta. What is
+    /// quantised becomes bf16 block by block, and the delta is added to their sum.
+    #[cfg(target_arch = "x86_64")]
+    fn in_bf16_beside(self, factors: [Matrix; 2]) -> Option<&'a [bf16]> {
+        let pays = delta::pays() && !factors.iter().any(|factor| factor.is_empty());
+        match self.elements {
+            Elements::Bf16(matrix) if pays => Some(matrix),
+            _ => None,
+        }
+    }
+
+    /// [`Frozen::forward`] in bf16.
+    #[cfg(target_arch = "x86_64")]
+    fn forward_in_bf16(self, dst: &mut [f32], x: &[f32]) {
+        let m = dst.len() / self.rows;
+        let x = Rows::new(x, [m, self.cols], self.cols);
+        self.blocks_in_bf16(|first, matrix, rows| {
+            let dst = dst.get_mut(first..).unwrap_or_default();
+            matmul::multiply(Product {
+                dst: Rows::to_write(dst, [m, rows], self.rows),
+                store: Store::Set,
+                terms: vec![Term { x, matrix }],
+                side: Side::Transposed,
+            });
+        });
+    }
+
+    /// [`Frozen::backward`] in bf16.
+    #[cfg(target_arch = "x86_64")]
+    fn backward_in_bf16(self, dst: &mut [f32], g: &[f32]) {
+        let m = g.len() / self.rows;
+        self.blocks_in_bf16(|first, matrix, rows| {
+            let x = Rows::new(g.get(first..).unwrap_or_default(), [m, rows], self.rows);
+            matmul::multiply(Product {
+                dst: Rows::to_write(dst, [m, self.cols], self.cols),
+                store: if first == 0 { Store::Set } else { Store::Add },
+                terms: vec![Term { x, matrix }],
+                side: Side::Plain,
+            });
+        });
     }
 
     /// Calls `each` with the first row of each block of rows and its values in f32.
     fn blocks(self, mut each: impl FnMut(usize, Matrix)) {
+        if let Elements::F32(w) = self.elements {
+            return each(0, Matrix::new(w, self.rows, self.cols));
+        }
         let height = (BLOCK / self.cols).max(FEWEST_ROWS).min(self.rows);
         let mut values = vec![0f32; height * self.cols];
         for first in (0..self.rows).step_by(height) {
@@ -206,9 +294,12 @@ impl<'a> Frozen<'a> {
         }
     }
 
-    /// [`Frozen::blocks`], rounded to bf16, with their shapes.
+    /// [`Frozen::blocks`], rounded to bf16, with their numbers of rows.
     #[cfg(target_arch = "x86_64")]
-    fn blocks_in_bf16(self, mut each: impl FnMut(usize, &[bf16], [usize; 2])) {
+    fn blocks_in_bf16(self, mut each: impl FnMut(usize, &[bf16], usize)) {
+        if let Elements::Bf16(w) = self.elements {
+            return each(0, w, self.rows);
+        }
         // More rows than in f32, as x is rounded anew for each block of them.
         let height = (BLOCK / self.cols).max(4 * FEWEST_ROWS).min(self.rows);
         let at_once = (EACH / self.cols).max(1);
@@ -227,7 +318,7 @@ impl<'a> Frozen<'a> {
                     || round_to_bf16(values, to),
                 );
             });
-            each(first, block, [rows, self.cols]);
+            each(first, block, rows);
         }
     }
 

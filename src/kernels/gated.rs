@@ -42,7 +42,7 @@ const TASK: usize = 16 * 1024;
 pub(super) fn forward(gate: FlexTensor, up: FlexTensor, by: Activation) -> FlexTensor {
     let (gate, up) = (flex::contiguous(gate), flex::contiguous(up));
     let [n, f] = gate.layout().shape().dims();
-    let mut out = vec![0f32; n * f];
+    let mut out = flex::unset(n * f);
     let tasks = out
         .par_chunks_mut(TASK)
         .zip(flex::elements(&gate).par_chunks(TASK))
@@ -69,7 +69,7 @@ pub(super) fn backward(
 ) -> (FlexTensor, FlexTensor) {
     let [gate, up, grad] = [gate, up, grad].map(flex::contiguous);
     let [n, f] = gate.layout().shape().dims();
-    let (mut d_gate, mut d_up) = (vec![0f32; n * f], vec![0f32; n * f]);
+    let (mut d_gate, mut d_up) = (flex::unset(n * f), flex::unset(n * f));
     let tasks = d_gate
         .par_chunks_mut(TASK)
         .zip(d_up.par_chunks_mut(TASK))

@@ -80,7 +80,7 @@ pub(super) fn forward(
     let weight = (weight, quantised);
     let weight = Frozen::of(&weight, input);
     let out = weight.rows() / (groups.len() - 1);
-    let mut y = vec![0f32; n * out];
+    let mut y = flex::unset(n * out);
     let x = (flex::elements(&x), input);
     each_group(weight, groups, x, (&mut y, out), Frozen::forward);
     flex::tensor(y, [n, out])
@@ -99,7 +99,7 @@ pub(super) fn backward(
     };
     let weight = (weight, quantised);
     let [n, out] = grad.layout().shape().dims();
-    let mut dx = vec![0f32; n * input];
+    let mut dx = flex::unset(n * input);
     let g = (flex::elements(&grad), out);
     let weight = Frozen::of(&weight, input);
     each_group(weight, groups, g, (&mut dx, input), Frozen::backward);

@@ -1,7 +1,8 @@
 //! A frozen linear layer with a low-rank delta: `y = x Wᵀ + s (x Aᵀ) Bᵀ` (arXiv 2106.09685).
 //!
 //! Matrices keep Hugging Face's and PEFT's layout, `[out, in]`; the transposes above are strides,
-//! not copies. `B A` is never formed. W gets no gradient. A and B are multiplied in f32 whatever W is.
+//! not copies. `B A` is never formed. W gets no gradient. A and B keep f32's accuracy whatever W is; x, and
+//! on the way back g, is rounded for A and B as it is for W where matrix registers multiply all three.
 
 use std::sync::Arc;
 
@@ -14,8 +15,8 @@ use burn::tensor::Tensor;
 use burn_flex::FlexTensor;
 
 use super::flex::{ALL_THREADS, Matrix, Store};
-use super::frozen::Frozen;
-use super::linear::{each_group, filled, linear};
+use super::frozen::{Delta, Frozen};
+use super::linear::{filled, linear};
 use super::{KernelGradients, Kernels, Quantised, Weight, flex, is_fused};
 
 /// What the backward pass needs; `x` is shared with whoever else holds it.
@@ -107,13 +108,17 @@ impl<'a> Factors<'a> {
     }
 
     /// A `[R, in]` and B `[out, R]` of a group.
-    fn of(&self, group: usize) -> (Matrix<'a>, Matrix<'a>) {
+    fn of(&self, group: usize, scaling: f32) -> Delta<'a> {
         let [rank, input, out] = self.sizes;
         let (a, b) = (
             &self.a[group * rank * input..],
             &self.b[group * out * rank..],
         );
-        (Matrix::new(a, rank, input), Matrix::new(b, out, rank))
+        Delta {
+            a: Matrix::new(a, rank, input),
+            b: Matrix::new(b, out, rank),
+            scaling,
+        }
     }
 }
 
@@ -128,20 +133,16 @@ pub(super) fn forward(
     let n = x.layout().shape().dims::<2>()[0];
     let factors = Factors::new(&a, &b, groups);
     let [rank, input, out] = factors.sizes;
-    let (mut low, mut y) = (vec![0f32; n * rank], vec![0f32; n * out]);
+    let (mut low, mut y) = (flex::unset(n * rank), flex::unset(n * out));
     let x = flex::elements(&x);
     let weight = (weight, quantised);
     let weight = Frozen::of(&weight, input);
-    each_group(weight, groups, (x, input), (&mut y, out), Frozen::forward);
-    let all = ALL_THREADS;
     for (group, rows) in filled(groups) {
-        let (a, b) = factors.of(group);
-        let x = Matrix::new(&x[rows.start * input..], rows.len(), input);
+        let x = &x[rows.start * input..rows.end * input];
         let low = &mut low[rows.start * rank..rows.end * rank];
         let y = &mut y[rows.start * out..rows.end * out];
-        flex::matmul(low, rank, Store::Set, 1.0, (x, a.t()), all);
-        let low = Matrix::new(low, rows.len(), rank);
-        flex::matmul(y, out, Store::Add, scaling, (low, b.t()), all);
+        let part = weight.part(group * out, out);
+        part.forward_adapted((y, low), x, factors.of(group, scaling));
     }
     (flex::tensor(y, [n, out]), flex::tensor(low, [n, rank]))
 }
@@ -162,27 +163,25 @@ pub(super) fn backward(
     let (scaling, all) = (saved.scaling, ALL_THREADS);
     let [x, low, grad] = [&x, &low, &grad].map(flex::elements);
     let (mut da, mut db) = (vec![0f32; factors.a.len()], vec![0f32; factors.b.len()]);
-    let mut dx = wants_x.then(|| vec![0f32; n * input]);
-    if let Some(dx) = &mut dx {
-        let weight = Frozen::of(&weight, input);
-        each_group(weight, groups, (grad, out), (dx, input), Frozen::backward);
-    }
+    let mut dx = wants_x.then(|| flex::unset(n * input));
+    let weight = Frozen::of(&weight, input);
     for (group, rows) in filled(groups) {
-        let (a, b) = factors.of(group);
-        let g = Matrix::new(&grad[rows.start * out..], rows.len(), out);
+        let delta = factors.of(group, scaling);
+        let g = &grad[rows.start * out..rows.end * out];
+        let mut g_low = flex::unset(rows.len() * rank); // s · g B
+        let dx = (dx.as_mut()).map(|dx| &mut dx[rows.start * input..rows.end * input]);
+        let part = weight.part(group * out, out);
+        part.backward_adapted((dx, &mut g_low), g, delta);
         let x = Matrix::new(&x[rows.start * input..], rows.len(), input);
         let low = Matrix::new(&low[rows.start * rank..], rows.len(), rank);
-        let mut g_low = vec![0f32; rows.len() * rank]; // s · g B
-        flex::matmul(&mut g_low, rank, Store::Set, scaling, (g, b), all);
-        let g_low = Matrix::new(&g_low, rows.len(), rank);
+        let (g, g_low) = (
+            Matrix::new(g, rows.len(), out),
+            Matrix::new(&g_low, rows.len(), rank),
+        );
         let da = &mut da[group * rank * input..];
         flex::matmul(da, input, Store::Set, 1.0, (g_low.t(), x), all);
         let db = &mut db[group * out * rank..];
         flex::matmul(db, rank, Store::Set, scaling, (g.t(), low), all);
-        if let Some(dx) = &mut dx {
-            let dx = &mut dx[rows.start * input..rows.end * input];
-            flex::matmul(dx, input, Store::Add, 1.0, (g_low, a), all);
-        }
     }
     let rows = a.layout().shape().dims::<2>()[0];
     (

@@ -25,10 +25,10 @@ pub mod expert_linear;
 mod flex;
 mod frozen;
 pub mod gated;
-#[cfg(target_arch = "x86_64")]
-mod gemm16;
 pub mod linear;
 pub mod lora_linear;
+#[cfg(target_arch = "x86_64")]
+mod matmul;
 pub mod rms_norm;
 pub mod rope;
 pub mod segments;

@@ -53,7 +53,7 @@ pub(super) fn forward(x: FlexTensor, weight: FlexTensor, eps: f32) -> FlexTensor
     let (x, weight) = (flex::contiguous(x), flex::contiguous(weight));
     let [n, d] = x.layout().shape().dims();
     let (input, w) = (flex::elements(&x), flex::elements(&weight));
-    let mut out = vec![0f32; n * d];
+    let mut out = flex::unset(n * d);
     let task = flex::rows_per_task(n, d) * d;
     out.par_chunks_mut(task)
         .zip(input.par_chunks(task))
@@ -91,7 +91,7 @@ pub(super) fn backward(
         flex::elements(&weight),
         flex::elements(&grad),
     );
-    let mut dx = vec![0f32; n * d];
+    let mut dx = flex::unset(n * d);
     let task = flex::rows_per_task(n, d) * d;
     // Tasks return their share of the weight's gradient; collecting keeps the order of the sum fixed.
     let shares: Vec<Vec<f32>> = dx

@@ -14,8 +14,8 @@ const CONVERTED_ROWS: [u64; 2] = [128, 512];
 /// Queries whose scores are in memory at once, for each thread (`kernels/attention`).
 const QUERIES: u64 = 64;
 /// Logits in memory at once, on a CPU and on a GPU (`cross_entropy.rs` in `kernels/` and `kernels/cube/`).
-const LOGITS: [u64; 2] = [8 << 20, 16 << 20];
-/// What a thread copies the factors of products into: gemm's packed blocks, or those of `gemm16`.
+const LOGITS: [u64; 2] = [24 << 20, 16 << 20];
+/// What a thread copies the factors of products into: gemm's packed blocks, or those of `matmul`.
 const PACKED: u64 = 4 << 20;
 
 /// The kernels that a GPU may lack.

@@ -70,6 +70,8 @@ fn linear_is_within_its_bound() {
         (193, 33, 96),
         (200, 515, 97),
         (385, 64, 400),
+        (1100, 65, 40),
+        (5, 4200, 3),
     ] {
         for dtype in DTYPES {
             let name = format!("{dtype:?} {n}x{input}x{out}");
@@ -168,32 +170,79 @@ fn experts_take_their_own_rows_of_16_bits() {
     }
 }
 
-#[test]
-fn lora_linear_adds_f32_deltas_to_bf16() {
-    device();
-    let (n, input, out, rank) = (37, 64, 50, 8);
-    let weight = random::<2>([out, input]).cast(FloatDType::BF16);
-    let (x, g) = (random([n, input]), random([n, out]));
-    let (a, b) = (random::<2>([rank, input]), random::<2>([out, rank]));
-    let (y, dx) = with_gradient(&x, &g, |x| {
-        lora_linear(x, weight.clone(), a.clone(), b.clone(), 0.7)
-    });
-    let delta = x
-        .clone()
-        .matmul(a.clone().transpose())
-        .matmul(b.clone().transpose())
-        * 0.7;
-    let d_delta = g.clone().matmul(b).matmul(a) * 0.7;
-    // What is taken away again leaves its own f32 rounding behind, of sizes up to a few hundred.
-    let slack = slack(FloatDType::BF16) + 2f64.powi(-16);
-    assert_product("bf16 base", y - delta, x, weight.clone(), slack);
-    assert_product(
-        "bf16 base, gradient",
-        dx - d_delta,
-        g,
-        weight.transpose(),
-        slack,
+/// Checks `got [m, n] = x [m, k] (w + s b a)ᵀ` within `slack · Σ |x| (|w| + s |b| |a|)`.
+fn assert_adapted(
+    name: &str,
+    got: Tensor<2>,
+    x: &Tensor<2>,
+    [w, a, b]: [&Tensor<2>; 3],
+    scaling: f64,
+    slack: f64,
+) {
+    let ([m, k], [n, rank]) = (x.dims(), b.dims());
+    let (got, x, w, a, b) = (
+        values(got),
+        values(x.clone()),
+        values(w.clone()),
+        values(a.clone()),
+        values(b.clone()),
     );
+    let both = |j: usize, t: usize| {
+        let delta = (0..rank).map(|r| b[j * rank + r] * a[r * k + t]);
+        let size = delta.clone().map(f64::abs).sum::<f64>();
+        let (sum, w) = (delta.sum::<f64>(), w[j * k + t]);
+        (w + scaling * sum, w.abs() + scaling * size)
+    };
+    let wanted: Vec<_> = (0..n)
+        .map(|j| (0..k).map(|t| both(j, t)).collect::<Vec<_>>())
+        .collect();
+    for i in 0..m {
+        for (j, row) in wanted.iter().enumerate() {
+            let terms = x[i * k..][..k].iter().zip(row);
+            let (sum, size) = terms.fold((0.0, 0.0), |(sum, size), (x, (value, bound))| {
+                (sum + x * value, size + x.abs() * bound)
+            });
+            let off = (got[i * n + j] - sum).abs();
+            assert!(
+                off <= slack * size,
+                "{name}, element ({i}, {j}): off by {off}, allowed {}",
+                slack * size
+            );
+        }
+    }
+}
+
+#[test]
+fn deltas_are_added_to_bf16_in_f32() {
+    device();
+    // Few rows and as many as are taken through a chain of products; one group of terms and two.
+    for (n, input, out, rank) in [
+        (1, 1, 1, 1),
+        (37, 64, 50, 8),
+        (130, 33, 47, 3),
+        (1100, 70, 37, 16),
+        (1031, 31, 65, 1),
+        (9, 4200, 40, 5),
+    ] {
+        let weight = random::<2>([out, input]).cast(FloatDType::BF16);
+        let (a, b) = (random::<2>([rank, input]), random::<2>([out, rank]));
+        let (x, g) = (random::<2>([n, input]), random::<2>([n, out]));
+        let small = |x: &Tensor<2>| (x.clone() * 3.0).round();
+        // What bf16 holds exactly loses nothing when it is rounded: then all of it is f32's.
+        for (x, g, slack, kind) in [
+            (x.clone(), g.clone(), slack(FloatDType::BF16), "any"),
+            (small(&x), small(&g), 2f64.powi(-19), "exact in bf16"),
+        ] {
+            let name = format!("{kind} {n}x{input}x{out}, rank {rank}");
+            let (y, dx) = with_gradient(&x, &g, |x| {
+                lora_linear(x, weight.clone(), a.clone(), b.clone(), 0.7)
+            });
+            assert_adapted(&name, y, &x, [&weight, &a, &b], 0.7, slack);
+            let [weight, a, b] = [&weight, &a, &b].map(|x| x.clone().transpose());
+            let name = format!("{name}, gradient");
+            assert_adapted(&name, dx, &g, [&weight, &b, &a], 0.7, slack);
+        }
+    }
 }
 
 #[test]

@@ -160,7 +160,7 @@ pub(super) const KNOBS: &[Knob] = &[
             ("f32", "32 bits; multiplied in f32"),
             (
                 "bf16",
-                "16 bits; multiplied in bf16 where that is faster (AVX512-BF16 on AMD processors, tensor cores for bf16 on GPUs), in f32 elsewhere",
+                "16 bits; multiplied in bf16 where that is faster (AMX on Intel's processors, AVX512-BF16 on AMD's, tensor cores for bf16 on GPUs), in f32 elsewhere",
             ),
             (
                 "f16",
