@@ -33,7 +33,7 @@ const TOLERANCE: f64 = 1e-4;
 const TRAINED_TOLERANCE: f64 = 1e-3;
 
 /// The GPU, or a line that says why the test is skipped (a failure where GPU tests are required).
-fn gpu_or_skip() -> Option<(Device, String)> {
+pub fn gpu_or_skip() -> Option<(Device, String)> {
     match device::webgpu() {
         Ok(found) => Some((found.device, found.name)),
         Err(reason) => {

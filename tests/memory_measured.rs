@@ -91,6 +91,75 @@ fn cases() -> Vec<Case> {
     ]
 }
 
+/// Smaller ones, as what computes in tests is a processor that passes for a GPU.
+#[cfg(feature = "webgpu")]
+fn gpu_cases() -> Vec<Case> {
+    let small = json!({"num_hidden_layers": 2});
+    let case = |name, tokens, sets| Case {
+        name,
+        config: small.clone(),
+        tokens,
+        sets,
+    };
+    vec![
+        case(
+            "GPU, f32",
+            128,
+            &[
+                "train.precision=f32",
+                "train.gradient_checkpointing=none",
+                "train.micro_batch_size=2",
+            ][..],
+        ),
+        case(
+            "GPU, bf16, block, packed",
+            60,
+            &[
+                "train.precision=bf16",
+                "train.gradient_checkpointing=block",
+                "data.packing=true",
+                "data.max_seq_len=256",
+            ],
+        ),
+        case(
+            "GPU, nf4-double, block",
+            256,
+            &[
+                "base.quantization=nf4-double",
+                "train.gradient_checkpointing=block",
+                "adapter.rank=32",
+            ],
+        ),
+        case(
+            "GPU, int8, none",
+            192,
+            &[
+                "base.quantization=int8",
+                "train.gradient_checkpointing=none",
+            ],
+        ),
+        case(
+            "GPU, embeddings trained",
+            96,
+            &[
+                "train.precision=bf16",
+                "train.gradient_checkpointing=block",
+                "adapter.modules_to_save=[embed_tokens, lm_head]",
+            ],
+        ),
+        case(
+            "GPU, dropout, accumulated",
+            128,
+            &[
+                "train.precision=bf16",
+                "train.gradient_checkpointing=none",
+                "adapter.dropout=0.1",
+                "train.gradient_accumulation_steps=2",
+            ],
+        ),
+    ]
+}
+
 /// A Llama of 512 columns.
 fn config(changes: &Value) -> Value {
     let mut config = json!({
@@ -145,11 +214,11 @@ pub fn measured(case_config: &Value, tokens: usize, sets: &[&str], device: &str)
     (bytes("memory_planned_bytes"), bytes("memory_peak_bytes"))
 }
 
-#[test]
-fn plans_are_within_a_tenth_of_what_runs_take() {
+/// Runs cases, says what each took, and fails after the last if any was off.
+fn compare(cases: Vec<Case>, device: &str) {
     let mut wrong = Vec::new();
-    for case in cases() {
-        let (planned, peak) = measured(&case.config, case.tokens, case.sets, "cpu");
+    for case in cases {
+        let (planned, peak) = measured(&case.config, case.tokens, case.sets, device);
         let off = planned / peak - 1.0;
         let line = format!(
             "{}: planned {:.1} MiB, measured {:.1} MiB, {:+.1} %",
@@ -164,4 +233,17 @@ fn plans_are_within_a_tenth_of_what_runs_take() {
         }
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+#[test]
+fn plans_are_within_a_tenth_of_what_runs_take() {
+    compare(cases(), "cpu");
+}
+
+#[cfg(feature = "webgpu")]
+#[test]
+fn plans_for_a_gpu_are_within_a_tenth_too() {
+    if crate::gpu::gpu_or_skip().is_some() {
+        compare(gpu_cases(), "webgpu");
+    }
 }

@@ -105,6 +105,30 @@ fn the_readme_has_the_contexts_that_are_planned() {
     );
 }
 
+/// What stands beside torchtune's figure.
+#[test]
+fn the_readme_has_the_plan_of_two_packed_rows() {
+    let scratch = tempfile::tempdir().unwrap();
+    let base = base(scratch.path(), "llama-3.1-8b");
+    let plan = recipe(
+        scratch.path(),
+        &[
+            "base.quantization=nf4-double",
+            "data.packing=true",
+            "data.max_seq_len=2048",
+            "train.micro_batch_size=2",
+        ],
+    );
+    let planner = Planner::of_base(&base, &plan, Platform::gpu());
+    let gib = planner.plan(&plan).unwrap().needed() as f64 / f64::from(1 << 30);
+    let readme = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("README.md"));
+    let want = format!("2 × 2048 packed tokens, planned here at {gib:.1} GiB");
+    assert!(
+        readme.unwrap().contains(&want),
+        "the README should say: {want}"
+    );
+}
+
 /// Published shapes give the published numbers of parameters.
 #[test]
 fn the_configurations_are_those_of_the_models() {

@@ -285,9 +285,10 @@ impl Outlook<'_> {
             .collect();
         let mut push = |phase, bytes| phases.push(PhaseBytes { phase, bytes });
         let step = self.step(&facts, plan);
-        push(Phase::Step, with_pool(resident + step.peak, platform));
+        let page = step::largest_block(&facts, self.rows(plan));
+        push(Phase::Step, with_pool(resident + step.peak, page, platform));
         if let Some(bytes) = self.evaluation(&facts, plan) {
-            push(Phase::Eval, with_pool(resident + bytes, platform));
+            push(Phase::Eval, with_pool(resident + bytes, page, platform));
         }
         push(Phase::Save, resident + saving(&facts, platform));
         if self.adapter.is_some() {
@@ -479,10 +480,11 @@ fn merging(facts: &Facts, kept: &[KeptTensor]) -> Bytes {
         + Bytes::of(Kind::Logits, 3 * probe)
 }
 
-/// A GPU's pool gives memory out in slices of pages, and keeps what is between them: one part in 20.
-fn with_pool(bytes: Bytes, platform: Platform) -> Bytes {
+/// A GPU's memory comes in pages as large as the largest block of a step, of which the last is seldom
+/// full, and one of 8 MiB for what is tiny (cubecl's adaptive pool). Weights lie apart.
+fn with_pool(bytes: Bytes, page: u64, platform: Platform) -> Bytes {
     match platform.on_cpu {
         true => bytes,
-        false => bytes + Bytes::of(Kind::Workspace, bytes.total() / 20),
+        false => bytes + Bytes::of(Kind::Workspace, page + (8 << 20)),
     }
 }

@@ -98,6 +98,20 @@ pub(super) fn training(facts: &Facts, rows: Rows, retain: Retain, accumulates: b
     }
 }
 
+/// The largest block that a step asks for: activations, logits, or the gradient of a tensor.
+pub(super) fn largest_block(facts: &Facts, rows: Rows) -> u64 {
+    let (config, tokens) = (facts.config, rows.tokens as u64);
+    let heads = config.num_attention_heads * config.head_dim;
+    let width = config.hidden_size.max(config.intermediate_size).max(heads) as u64;
+    let vocabulary = facts.outline.vocab_size;
+    let logits = facts.platform.logit_rows(vocabulary, rows.tokens) * vocabulary as u64 * F32;
+    let gradients = facts.outline.trained.keys();
+    let gradient = gradients.filter_map(|name| facts.gradient(name)).max();
+    (tokens * width * F32)
+        .max(logits)
+        .max(gradient.unwrap_or(0))
+}
+
 /// Clipping and the optimizer: the gradients, and copies of one tensor at a time.
 fn update(facts: &Facts, gradients: u64) -> Bytes {
     let sizes = facts.outline.trained.keys();

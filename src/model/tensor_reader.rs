@@ -118,13 +118,18 @@ impl<'a> TensorReader<'a> {
                 return self.tensor(name, shape, 0.0);
             }
             Source::Files { weights, keep } => {
-                let storage = match (keep.in_f32)(name) {
-                    true => Storage::F32,
-                    false => keep.storage,
-                };
-                let tensor = matrix(weights, storage, &self.config, name, shape, &self.device)?;
+                let changes = (keep.in_f32)(name);
+                let storage = if changes { Storage::F32 } else { keep.storage };
+                let (data, dtype) = matrix(weights, storage, &self.config, name, shape)?;
                 self.note(name, &shape);
-                return Ok(tensor);
+                let device = &self.device;
+                let send = |data| Tensor::from_data(data, (device, dtype));
+                return Ok(match changes {
+                    true => send(data),
+                    // A GPU's memory for what stays as it is lies apart from that for a step, whose pages
+                    // are as large as the largest of its blocks.
+                    false => device.memory_persistent_allocations(data, send),
+                });
             }
         };
         let (stream, std) = (stream.split(self.matrices), self.config.initializer_range);
@@ -277,18 +282,17 @@ impl<'a> TensorReader<'a> {
 
 type Read<T> = Result<T, WeightsError>;
 
-/// A matrix of the files in the type in which it is kept.
+/// A matrix of the files, and the type in which it is kept.
 fn matrix<const D: usize>(
     weights: &Weights,
     storage: Storage,
     config: &ModelConfig,
     name: &str,
     shape: [usize; D],
-    device: &Device,
-) -> Read<Tensor<D>> {
+) -> Read<(TensorData, DType)> {
     let pieces = pieces(config, name, &shape);
     let stored = pieces.iter().map(|piece| weights.dtype(&piece.name));
-    let (data, dtype) = match storage.of(stored) {
+    Ok(match storage.of(stored) {
         Dtype::F16 => {
             let values = gather::<f16>(weights, &pieces, &shape)?;
             (TensorData::new(values, shape), DType::F16)
@@ -301,8 +305,7 @@ fn matrix<const D: usize>(
             let values = gather::<f32>(weights, &pieces, &shape)?;
             (TensorData::new(values, shape), DType::F32)
         }
-    };
-    Ok(Tensor::from_data(data, (device, dtype)))
+    })
 }
 
 /// A matrix of the files, quantised: in f32 in between, for this one alone. It is kept for the next time.

@@ -132,7 +132,9 @@ impl Packed {
         };
         let client = device.client();
         let shape = [words.len()].into();
-        let handle = client.create(Bytes::from_elems(words));
+        // As it stays as long as the model, apart from a step's blocks.
+        let handle = client
+            .memory_persistent_allocation(words, |words| client.create(Bytes::from_elems(words)));
         let words = CubeTensor::new_contiguous(client, device, shape, handle, DType::U32);
         Some(Self {
             words,
