@@ -247,8 +247,8 @@ pub(super) struct Product<'a> {
     pub(super) side: Side,
 }
 
-/// Computes products, one after the other for each row; `after` is called with some rows and the index of the product that they are done with, before the
-/// next begins with them.
+/// Computes products, one after the other for each row; `after` is called with the number of a product
+/// and the rows that are done with it, before the next begins with them.
 ///
 /// # Panics
 /// Without a [`unit`].
