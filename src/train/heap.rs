@@ -17,7 +17,7 @@ use std::sync::{Mutex, PoisonError};
 pub const LARGE: usize = 16 << 10;
 
 /// The smallest block that is kept.
-const KEPT: usize = 1 << 20;
+pub const KEPT: usize = 1 << 20;
 /// Most blocks that are kept.
 const SLOTS: usize = 256;
 

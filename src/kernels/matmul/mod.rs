@@ -21,12 +21,14 @@
 //! number of threads nor on what other rows there are: each sums the same terms in the same order.
 
 mod amx;
+mod compute;
 mod copy;
 pub(super) mod delta;
+#[cfg(test)]
+mod tests;
 mod vector;
 
 use std::arch::x86_64::__cpuid;
-use std::cell::RefCell;
 use std::marker::PhantomData;
 use std::ops::Range;
 use std::sync::LazyLock;
@@ -35,6 +37,7 @@ use half::bf16;
 use rayon::prelude::*;
 
 use self::amx::Amx;
+use self::compute::Copied;
 use self::vector::PairFma;
 use super::flex::{Shared, Store, unset};
 
@@ -467,216 +470,4 @@ fn parts<'a, U: Unit>(product: &'a Product<'a>) -> Vec<Vec<Part<'a>>> {
         }
     }
     groups
-}
-
-/// Some columns of a product, whose matrices were copied.
-struct Copied<'a> {
-    dst: Rows<'a>,
-    /// Whether dst is replaced.
-    sets: bool,
-    parts: &'a [Part<'a>],
-    /// Panel by panel, and in these part by part.
-    lines: Vec<Line>,
-    panel_lines: usize,
-    /// These, of all.
-    panels: Range<usize>,
-}
-
-thread_local! {
-    /// What a thread rounds activations into.
-    static ROUNDED: RefCell<Vec<Line>> = const { RefCell::new(Vec::new()) };
-}
-
-impl Copied<'_> {
-    /// Some rows of some of these panels.
-    ///
-    /// # Safety
-    /// The processor must have the unit, and no other thread may use the same elements of dst, nor write
-    /// the activations.
-    unsafe fn compute<U: Unit>(&self, rows: Range<usize>, panels: Range<usize>) {
-        ROUNDED.with_borrow_mut(|lhs| {
-            // SAFETY: by this function's contract.
-            unsafe {
-                U::begin();
-                let mut skipped = 0;
-                for part in self.parts {
-                    self.part::<U>(part, (rows.clone(), panels.clone()), lhs, skipped);
-                    skipped += part.words() * U::VECTORS;
-                }
-                U::end();
-            }
-        });
-    }
-
-    /// [`Copied::compute`] for a part whose lines in a panel are `skipped` lines away.
-    ///
-    /// # Safety
-    /// As there.
-    unsafe fn part<U: Unit>(
-        &self,
-        part: &Part,
-        (rows, panels): (Range<usize>, Range<usize>),
-        lhs: &mut Vec<Line>,
-        mut skipped: usize,
-    ) {
-        let mut sets = self.sets && skipped == 0;
-        let tile_lines = U::tile_lines(part.cut.each);
-        let block_lines = rows.len().div_ceil(U::HEIGHT) * tile_lines;
-        if lhs.len() < block_lines {
-            *lhs = vec![Line([0; WORDS]); block_lines];
-        }
-        let lhs = &mut lhs[..block_lines];
-        for block in part.blocks.clone() {
-            let words = part.cut.range(block);
-            // SAFETY: by this function's contract.
-            unsafe { round::<U>(part.term.x, &rows, &words, lhs, tile_lines) };
-            let words = words.len();
-            for panel in panels.clone() {
-                let rhs = panel * self.panel_lines + skipped;
-                let rhs = &self.lines[rhs..][..words * U::VECTORS];
-                for (i, lhs) in lhs.chunks_exact(tile_lines).enumerate() {
-                    let top = rows.start + i * U::HEIGHT;
-                    let height = U::HEIGHT.min(rows.end - top);
-                    let at = (top, self.panels.start + panel);
-                    // SAFETY: by this function's contract.
-                    unsafe { self.tile::<U>((lhs, rhs), words, at, height, sets) };
-                }
-            }
-            skipped += words * U::VECTORS;
-            sets = false;
-        }
-    }
-
-    /// One tile, or what of it lies inside of dst.
-    ///
-    /// # Safety
-    /// As [`Copied::compute`].
-    #[inline]
-    unsafe fn tile<U: Unit>(
-        &self,
-        (lhs, rhs): (&[Line], &[Line]),
-        words: usize,
-        (top, panel): (usize, usize),
-        height: usize,
-        sets: bool,
-    ) {
-        let columns = WORDS * U::VECTORS;
-        let left = panel * columns;
-        let width = columns.min(self.dst.width - left);
-        let stride = self.dst.stride;
-        let (lhs, rhs) = (lhs.as_ptr(), rhs.as_ptr());
-        // SAFETY: the tile's rows and columns lie inside of dst and are this thread's; `whole` holds one.
-        unsafe {
-            let dst = self.dst.start.at(top * stride + left);
-            if [height, width] == [U::HEIGHT, columns] {
-                return U::tile(lhs, rhs, words, (dst, stride), sets);
-            }
-            let mut whole = [0f32; LARGEST_TILE];
-            U::tile(lhs, rhs, words, (whole.as_mut_ptr(), columns), true);
-            for (i, row) in whole.chunks_exact(columns).take(height).enumerate() {
-                let to = std::slice::from_raw_parts_mut(dst.add(i * stride), width);
-                match sets {
-                    true => to.copy_from_slice(&row[..width]),
-                    false => (to.iter_mut().zip(row)).for_each(|(to, value)| *to += value),
-                }
-            }
-        }
-    }
-}
-
-/// Rounds words of rows into tiles; rows that fill up the last tile, and terms the last step, are 0.
-///
-/// # Safety
-/// As [`Copied::compute`].
-unsafe fn round<U: Unit>(
-    from: Rows,
-    rows: &Range<usize>,
-    words: &Range<usize>,
-    to: &mut [Line],
-    tile_lines: usize,
-) {
-    let columns = 2 * words.start..(2 * words.end).min(from.width);
-    for (tile, lines) in to.chunks_exact_mut(tile_lines).enumerate() {
-        for i in 0..U::HEIGHT {
-            let to = lines[i * U::STRIDES[0]..].iter_mut().step_by(U::STRIDES[1]);
-            let row = rows.start + tile * U::HEIGHT + i;
-            if row < rows.end {
-                // SAFETY: by this function's contract; processors with a unit can round.
-                unsafe { copy::rounded(from.row(row, columns.clone()), to) };
-            } else {
-                to.take(words.len().div_ceil(WORDS))
-                    .for_each(|line| *line = Line([0; WORDS]));
-            }
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// Each unit that the processor has, used here or not, against sums in f64.
-    #[test]
-    fn units_multiply() {
-        for [m, n, k] in [[1, 1, 1], [33, 70, 45], [600, 49, 700], [40, 800, 4200]] {
-            let value = |i: usize| (i * 7919 % 257) as f32 / 64.0 - 2.0;
-            let x: Vec<f32> = (0..m * k).map(value).collect();
-            let matrix: Vec<bf16> = (0..n * k).map(|i| bf16::from_f32(value(3 * i))).collect();
-            for side in [Side::Transposed, Side::Plain] {
-                for store in [Store::Set, Store::Add] {
-                    let shape = ([m, n, k], side, store);
-                    if has_vector_bf16() {
-                        check::<PairFma>(&x, &matrix, shape);
-                    }
-                    if has_vector_bf16() && amx::is_available() {
-                        check::<Amx>(&x, &matrix, shape);
-                    }
-                }
-            }
-        }
-        if !has_vector_bf16() {
-            eprintln!("skipped: this processor has no products in bf16");
-        }
-    }
-
-    fn check<U: Unit>(
-        x: &[f32],
-        matrix: &[bf16],
-        ([m, n, k], side, store): ([usize; 3], Side, Store),
-    ) {
-        let stride = n + 3;
-        let mut dst = vec![1f32; m * stride];
-        let product = Product {
-            dst: Rows::to_write(&mut dst, [m, n], stride),
-            store,
-            terms: vec![Term {
-                x: Rows::new(x, [m, k], k),
-                matrix,
-            }],
-            side,
-        };
-        // SAFETY: the caller found the unit; there is but one product.
-        unsafe { chain_with::<U>(&[product], |_, _| ()) };
-        let step = (m * n / 2000).max(1);
-        for at in (0..m * n).step_by(step) {
-            let (i, j) = (at / n, at % n);
-            let terms = (0..k).map(|t| {
-                let w = match side {
-                    Side::Transposed => matrix[j * k + t],
-                    Side::Plain => matrix[t * n + j],
-                };
-                f64::from(bf16::from_f32(x[i * k + t])) * f64::from(w)
-            });
-            let size: f64 = terms.clone().map(f64::abs).sum();
-            let start = if store == Store::Add { 1.0 } else { 0.0 };
-            let off = (f64::from(dst[i * stride + j]) - terms.sum::<f64>() - start).abs();
-            assert!(
-                off <= 1e-6 * (size + 1.0),
-                "[{m}, {n}, {k}] {side:?}, ({i}, {j}): off by {off}"
-            );
-        }
-        // What lies between rows is not touched.
-        let between = dst.chunks(stride).flat_map(|row| &row[n..]);
-        assert!(between.into_iter().all(|&value| value == 1.0));
-    }
 }
