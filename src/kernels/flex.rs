@@ -241,6 +241,16 @@ pub(super) fn rows_per_task(rows: usize, width: usize) -> usize {
     by_work.min(by_threads.max(8))
 }
 
+/// The nearest bf16, ties to even; branch-free so that loops over it become vector code, and for finite
+/// numbers only.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+pub(super) fn to_bf16(x: f32) -> half::bf16 {
+    let bits = x.to_bits();
+    let half = 0x7fff + (bits >> 16 & 1);
+    half::bf16::from_bits((bits.wrapping_add(half) >> 16) as u16)
+}
+
 /// `eˣ` to about 2 ulp, branch-free so that loops over it become vector code; 0 below -87.3.
 #[inline(always)]
 pub(super) fn exp(x: f32) -> f32 {

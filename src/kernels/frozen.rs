@@ -315,7 +315,11 @@ impl<'a> Frozen<'a> {
                 part.convert(values);
                 flex::vectorised(
                     #[inline(always)]
-                    || round_to_bf16(values, to),
+                    || {
+                        for (to, from) in to.iter_mut().zip(&*values) {
+                            *to = flex::to_bf16(*from);
+                        }
+                    },
                 );
             });
             each(first, block, rows);
@@ -336,17 +340,6 @@ impl<'a> Frozen<'a> {
             }),
             Elements::Quantised(weight, row) => weight.on_host().dequantise_rows(row, to),
         }
-    }
-}
-
-/// To the nearest, ties to even; finite numbers only.
-#[cfg(target_arch = "x86_64")]
-#[inline(always)]
-fn round_to_bf16(from: &[f32], to: &mut [bf16]) {
-    for (to, from) in to.iter_mut().zip(from) {
-        let bits = from.to_bits();
-        let half = 0x7fff + (bits >> 16 & 1);
-        *to = bf16::from_bits((bits.wrapping_add(half) >> 16) as u16);
     }
 }
 

@@ -71,11 +71,9 @@ impl Copied<'_> {
                 let rhs = panel * self.panel_lines + skipped;
                 let rhs = &self.lines[rhs..][..words * U::VECTORS];
                 for (i, lhs) in lhs.chunks_exact(tile_lines).enumerate() {
-                    let top = rows.start + i * U::HEIGHT;
-                    let height = U::HEIGHT.min(rows.end - top);
-                    let at = (top, self.panels.start + panel);
+                    let at = [rows.start + i * U::HEIGHT, self.panels.start + panel];
                     // SAFETY: by this function's contract.
-                    unsafe { self.tile::<U>((lhs, rhs), words, at, height, sets) };
+                    unsafe { self.tile::<U>((lhs, rhs), words, at, sets) };
                 }
             }
             skipped += words * U::VECTORS;
@@ -92,13 +90,13 @@ impl Copied<'_> {
         &self,
         (lhs, rhs): (&[Line], &[Line]),
         words: usize,
-        (top, panel): (usize, usize),
-        height: usize,
+        [top, panel]: [usize; 2],
         sets: bool,
     ) {
         let columns = WORDS * U::VECTORS;
         let left = panel * columns;
         let width = columns.min(self.dst.width - left);
+        let height = U::HEIGHT.min(self.dst.count - top); // tasks end with a tile, or with dst
         let stride = self.dst.stride;
         let (lhs, rhs) = (lhs.as_ptr(), rhs.as_ptr());
         // SAFETY: the tile's rows and columns lie inside of dst and are this thread's; `whole` holds one.

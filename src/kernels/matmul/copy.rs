@@ -35,8 +35,8 @@ pub(super) unsafe fn rounded<'a>(terms: &[f32], lines: impl Iterator<Item = &'a 
     }
 }
 
-/// Copies some terms of a panel of a matrix, words of its columns side by side; columns past the last, and terms that
-/// fill up the last step, are 0.
+/// Copies some terms of a panel of a matrix, words of its columns side by side; columns past the last,
+/// and terms that fill up the last step, are 0.
 ///
 /// # Safety
 /// The processor must be able to; the matrix must be of n columns of the product and k terms, and
@@ -131,6 +131,7 @@ fn low_bits(count: usize) -> u32 {
         _ => u32::MAX,
     }
 }
+
 /// A 16 × 16 matrix of words, transposed.
 #[inline]
 #[target_feature(enable = "avx512f")]

@@ -7,7 +7,7 @@
 
 use half::bf16;
 
-use super::super::flex::{Matrix, Store, unset, vectorised};
+use super::super::flex::{Matrix, Store, to_bf16, unset, vectorised};
 use super::{Available, Product, Rows, Side, Term, chain, unit};
 
 /// Pieces of one factor, and those of the other that they meet.
@@ -139,22 +139,9 @@ fn beside(x: Matrix, pieces: &[usize]) -> Vec<bf16> {
 
 /// Pieces one below the other: `[k, n]` → `[pieces · k, n]`.
 fn below(x: Matrix, pieces: &[usize]) -> Vec<bf16> {
-    let from = &x.data()[..x.rows() * x.cols()];
-    let mut to = vec![bf16::ZERO; from.len() * pieces.len()];
-    if to.is_empty() {
-        return to;
-    }
-    vectorised(
-        #[inline(always)]
-        || {
-            for (to, &piece) in to.chunks_exact_mut(from.len()).zip(pieces) {
-                for (to, &x) in to.iter_mut().zip(from) {
-                    *to = split(x)[piece];
-                }
-            }
-        },
-    );
-    to
+    // As those of one long row side by side.
+    let whole = Matrix::new(x.data(), 1, x.rows() * x.cols());
+    beside(whole, pieces)
 }
 
 /// Three numbers whose sum is x.
@@ -162,18 +149,10 @@ fn below(x: Matrix, pieces: &[usize]) -> Vec<bf16> {
 fn split(x: f32) -> [bf16; 3] {
     let mut left = x;
     std::array::from_fn(|_| {
-        let piece = rounded(left);
-        left -= f32::from_bits(u32::from(piece) << 16);
-        bf16::from_bits(piece)
+        let piece = to_bf16(left);
+        left -= f32::from_bits(u32::from(piece.to_bits()) << 16);
+        piece
     })
-}
-
-/// The bits of the nearest bf16, ties to even.
-#[inline(always)]
-fn rounded(x: f32) -> u16 {
-    let bits = x.to_bits();
-    let half = 0x7fff + (bits >> 16 & 1);
-    (bits.wrapping_add(half) >> 16) as u16
 }
 
 #[cfg(test)]

@@ -242,7 +242,6 @@ impl<'a> Rows<'a> {
 ///
 /// # Shapes
 /// dst, m rows of n elements, to write
-#[derive(Clone)]
 pub(super) struct Product<'a> {
     pub(super) dst: Rows<'a>,
     pub(super) store: Store,
@@ -280,7 +279,7 @@ pub(super) fn multiply(product: Product) {
 
 /// [`chain`] by a unit that the processor has.
 unsafe fn chain_with<U: Unit>(products: &[Product], after: impl Fn(usize, Range<usize>) + Sync) {
-    let stages: Vec<Stage> = products.iter().filter_map(Stage::new::<U>).collect();
+    let stages: Vec<Option<Stage>> = products.iter().map(Stage::new::<U>).collect();
     let rows = products.iter().map(|product| product.dst.count).max();
     let rows = rows.unwrap_or(0);
     let threads = rayon::current_num_threads();
@@ -288,14 +287,12 @@ unsafe fn chain_with<U: Unit>(products: &[Product], after: impl Fn(usize, Range<
         .div_ceil(4 * threads)
         .next_multiple_of(U::HEIGHT)
         .clamp(U::HEIGHT, ROWS);
-    let is_whole = |stage: &Stage| stage.groups.len() == 1 && stage.at_once >= stage.panels;
     let tasks = rows.div_ceil(height);
-    if stages.len() > 1
-        && stages.len() == products.len()
-        && stages.iter().all(is_whole)
-        && tasks >= 2 * threads
-    {
-        let copies: Vec<Copied> = (stages.iter())
+    let pays = products.len() > 1 && tasks >= 2 * threads;
+    let is_whole = |stage: &&Stage| stage.groups.len() == 1 && stage.at_once >= stage.panels;
+    let whole = stages.iter().map(|stage| stage.as_ref().filter(is_whole));
+    if let Some(whole) = whole.collect::<Option<Vec<_>>>().filter(|_| pays) {
+        let copies: Vec<Copied> = (whole.iter())
             .map(|stage| stage.copy::<U>(&stage.groups[0], 0..stage.panels))
             .collect();
         (0..tasks).into_par_iter().with_max_len(1).for_each(|task| {
@@ -308,19 +305,19 @@ unsafe fn chain_with<U: Unit>(products: &[Product], after: impl Fn(usize, Range<
         });
         return;
     }
-    for (i, product) in products.iter().enumerate() {
-        // SAFETY: by this function's contract.
-        unsafe { alone::<U>(product, height) };
+    for (i, (product, stage)) in products.iter().zip(&stages).enumerate() {
+        match stage {
+            // SAFETY: by this function's contract.
+            Some(stage) => unsafe { alone::<U>(stage, height) },
+            None => product.clear(),
+        }
         after(i, 0..product.dst.count);
     }
 }
 
 /// All of one product.
-unsafe fn alone<U: Unit>(product: &Product, height: usize) {
-    let Some(stage) = Stage::new::<U>(product) else {
-        return product.clear();
-    };
-    let rows = product.dst.count;
+unsafe fn alone<U: Unit>(stage: &Stage, height: usize) {
+    let rows = stage.product.dst.count;
     let down = rows.div_ceil(height);
     let wanted = match stage.is_small {
         true => 1,
